@@ -1,0 +1,1 @@
+"""Benches: every op against PyTorch. `python -m bench --help`."""

@@ -1,0 +1,1 @@
+"""One suite of cases per op, by the op's name."""

@@ -1,0 +1,255 @@
+// What the kernels of one instruction set offer to the rest of the library: for each op a struct of
+// arguments and a table of functions, one per storage format. Pointers and sizes only; shapes are
+// checked and memory is allocated before a kernel sees them (bindings_*.cpp).
+//
+// A kernel works on the range [begin, end) of the unit that its comment names, so that the caller
+// may divide the work over threads. Units do not depend on each other, and no unit's result
+// depends on how the range was divided.
+
+#pragma once
+
+#include <stdint.h>
+
+namespace fastllm {
+
+enum Format { kFloat32, kBFloat16, kFloat16, kFormats };
+
+template <class Arguments>
+using Kernel = void (*)(const Arguments&, int64_t begin, int64_t end);
+
+// ---- rms_norm: rows ------------------------------------------------------------------------------
+
+struct RmsNormForward {
+  const void* x;         // [N, C]
+  const void* residual;  // [N, C] or null
+  const void* weight;    // [C]
+  void* y;               // [N, C]
+  void* h;               // [N, C], x + residual; null without a residual
+  float* rstd;           // [N]
+  int64_t columns;       // C
+  float eps;
+};
+
+struct RmsNormBackward {
+  const void* dy;      // [N, C]
+  const void* dh;      // [N, C] or null
+  const void* h;       // [N, C]
+  const void* weight;  // [C]
+  const float* rstd;   // [N]
+  void* dx;            // [N, C]
+  float* dweight;      // [blocks, C], zero; one row for each block of rows; or null
+  int64_t rows, columns;
+  int64_t block;  // rows per block: the unit of backward
+};
+
+struct RmsNormKernels {
+  Kernel<RmsNormForward> forward[kFormats];
+  Kernel<RmsNormBackward> backward[kFormats];
+};
+
+// ---- rope: tokens --------------------------------------------------------------------------------
+
+struct RopeForward {
+  const void* q;             // [T, H, D]
+  const void* k;             // [T, K, D]
+  const float* cos;          // [P, D/2]
+  const float* sin;          // [P, D/2]
+  const int32_t* positions;  // [T]
+  void* q_out;               // [T, H, D]
+  void* k_out;               // [T, K, D]
+  int64_t heads, key_heads, head_size;
+  bool inverse;
+};
+
+struct RopeKernels {
+  Kernel<RopeForward> forward[kFormats];
+};
+
+// ---- swiglu: elements ----------------------------------------------------------------------------
+
+struct SwigluForward {
+  const void* gate;
+  const void* up;
+  void* out;
+};
+
+struct SwigluBackward {
+  const void* dout;
+  const void* gate;
+  const void* up;
+  void* dgate;
+  void* dup;
+};
+
+struct SwigluKernels {
+  Kernel<SwigluForward> forward[kFormats];
+  Kernel<SwigluBackward> backward[kFormats];
+};
+
+// ---- attention -----------------------------------------------------------------------------------
+
+constexpr int kMaxHeadSize = 256;
+
+// The packed, prefix-shared layout: see fastllm/layout.py.
+struct Layout {
+  int64_t segments;                // S
+  const int32_t* starts;           // [S + 1] first packed row of each segment
+  const int32_t* prefix;           // [S] the segment that a segment continues, or -1
+  const int32_t* positions;        // [T]
+  const int32_t* query_rows;       // [N] packed rows that have a query
+  const int32_t* query_starts;     // [S + 1] first query of each segment
+  const int32_t* children_starts;  // [S + 1] (backward only)
+  const int32_t* children;         // [E] segments that continue a segment (backward only)
+};
+
+// Forward: a block of query rows of one segment and one key head. Row r of a segment is head
+// r % (H / K) of its query r / (H / K). Backward: a root segment, its children, and one key head.
+struct AttentionTask {
+  int32_t segment;
+  int32_t key_head;
+  int32_t first_row;  // forward only; a multiple of query_rows_per_task
+};
+
+struct AttentionForward {
+  const void* q;  // [N, H, D]
+  const void* k;  // [T, K, D]
+  const void* v;  // [T, K, D]
+  void* out;      // [N, H, D]
+  float* lse;     // [N, H]
+  Layout layout;
+  const AttentionTask* tasks;
+  int64_t heads, key_heads, head_size;
+  float scale;
+  int64_t window;  // 0: none
+};
+
+struct AttentionDelta {
+  const void* dout;  // [N * H, D]
+  const void* out;   // [N * H, D]
+  float* delta;      // [N * H], the row sums of dout * out
+  int64_t head_size;
+};
+
+struct AttentionBackward {
+  const void* q;       // [N, H, D]
+  const void* k;       // [T, K, D]
+  const void* v;       // [T, K, D]
+  const void* dout;    // [N, H, D]
+  const float* lse;    // [N, H]
+  const float* delta;  // [N, H]
+  float* dq_sum;       // [N, H, D] fp32, zero; the same memory as dq for fp32
+  void* dq;            // [N, H, D]
+  void* dk;            // [T, K, D]
+  void* dv;            // [T, K, D]
+  Layout layout;
+  const AttentionTask* tasks;
+  int64_t heads, key_heads, head_size;
+  float scale;
+  int64_t window;
+};
+
+struct AttentionKernels {
+  int64_t query_rows_per_task;                   // a query row is one head of one query
+  Kernel<AttentionForward> forward[kFormats];    // tasks: blocks of query rows
+  Kernel<AttentionDelta> delta[kFormats];        // rows of [N * H, D]
+  Kernel<AttentionBackward> backward[kFormats];  // tasks: a root segment with its children
+};
+
+// ---- decode_attention ----------------------------------------------------------------------------
+
+// Some query rows of sequences that share a prompt, and one key head. Row r is head r % (H / K) of
+// sequence r / (H / K).
+struct DecodeTask {
+  int32_t first_row, rows;
+  int32_t key_head;
+};
+
+struct DecodeAttentionForward {
+  const void* q;                 // [B, H, D]
+  const void* prefix_k;          // [Tp, K, D]
+  const void* prefix_v;          // [Tp, K, D]
+  const int32_t* prefix_starts;  // [G + 1]
+  const int32_t* group;          // [B]
+  const void* tail_k;            // [R, M, K, D]
+  const void* tail_v;            // [R, M, K, D]
+  const int32_t* tail_rows;      // [B]
+  const int32_t* tail_lengths;   // [B]
+  void* out;                     // [B, H, D]
+  const DecodeTask* tasks;
+  int64_t heads, key_heads, head_size, tail_capacity;
+  float scale;
+  int64_t window;
+};
+
+struct DecodeAttentionKernels {
+  int64_t query_rows_per_task;                       // at most
+  Kernel<DecodeAttentionForward> forward[kFormats];  // tasks
+};
+
+// ---- linear_logprob: rows ------------------------------------------------------------------------
+
+struct LinearLogprobForward {
+  const void* logits;      // [N, V]
+  const int64_t* targets;  // [N]
+  float* logp;             // [N]
+  float* entropy;          // [N]
+  float* lse;              // [N]
+  int64_t vocabulary;
+  float temperature, softcap;
+};
+
+struct LinearLogprobBackward {
+  void* logits;  // [N, V], overwritten with its gradient
+  const int64_t* targets;
+  const float* lse;
+  const float* entropy;
+  const float* dlogp;
+  const float* dentropy;
+  int64_t vocabulary;
+  float temperature, softcap;
+};
+
+struct LinearLogprobKernels {
+  Kernel<LinearLogprobForward> forward[kFormats];
+  Kernel<LinearLogprobBackward> backward[kFormats];
+};
+
+// ---- pairwise_loss: pairs ------------------------------------------------------------------------
+
+struct PairwiseLossForward {
+  const void* chosen;    // [P]
+  const void* rejected;  // [P]
+  const void* margin;    // [P] or null
+  float* loss;           // [], the sum over the range is written, so the range is always 0..P
+  float* dchosen;        // [P]
+  float* drejected;      // [P]
+  float centering;
+};
+
+struct PairwiseLossKernels {
+  Kernel<PairwiseLossForward> forward[kFormats];
+};
+
+// ---- One table per op and instruction set --------------------------------------------------------
+
+#define FASTLLM_DECLARE_KERNELS(isa)                        \
+  namespace isa {                                           \
+  extern const RmsNormKernels rms_norm;                     \
+  extern const RopeKernels rope;                            \
+  extern const SwigluKernels swiglu;                        \
+  extern const AttentionKernels attention;                  \
+  extern const DecodeAttentionKernels decode_attention;     \
+  extern const LinearLogprobKernels linear_logprob;         \
+  extern const PairwiseLossKernels pairwise_loss;           \
+  }
+
+FASTLLM_DECLARE_KERNELS(baseline)
+#if defined(__x86_64__)
+FASTLLM_DECLARE_KERNELS(avx2)
+FASTLLM_DECLARE_KERNELS(avx512)
+#endif
+
+// The three instances of a kernel template, in the order of Format.
+#define FASTLLM_FORMATS(kernel) {kernel<float>, kernel<bf16>, kernel<fp16>}
+
+}  // namespace fastllm

@@ -1,0 +1,16 @@
+// The Python module fastllm._C. Importing it also registers the ops of bindings_*.cpp with PyTorch
+// (as torch.ops.fastllm.*), because they are in the same shared object.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "dispatch.h"
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "C++ kernels of fastllm for CPUs";
+  fastllm::kernels();  // a bad FASTLLM_ISA is an error of the import, not of the first op
+  module.def(
+      "isa", [] { return fastllm::kernels().isa; }, "Instruction set that the kernels run on.");
+  module.def("isa_levels", &fastllm::isa_levels,
+             "Instruction sets that were built, the most basic first.");
+}

@@ -1,0 +1,263 @@
+// One vector of fp32 numbers, as wide as the instruction set has registers, and what kernels need
+// of it: loads and stores of fp32, bf16 and fp16, exp, tanh, sums. Written with the vector
+// extensions of GCC and Clang, so one source serves SSE2, AVX2, AVX-512 and NEON; intrinsics
+// appear only where a compiler cannot find the instruction by itself (fp16).
+//
+// The kernels are compiled several times with different flags and linked into one library. An
+// inline function with external linkage would exist once per build, and the linker keeps any one
+// of them: perhaps the AVX-512 one, on a CPU that has none. Hence two rules for every file
+// that includes this one: no C++ standard headers, and everything in the unnamed namespace.
+
+#pragma once
+
+#include <stdint.h>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#define FASTLLM_INLINE inline __attribute__((always_inline))
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(kLanes * 4)));
+typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t BitsVec __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t HalfBitsVec __attribute__((vector_size(kLanes * 2)));
+
+// Storage formats. Arithmetic is always in fp32.
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
+
+// ---- Bits ----------------------------------------------------------------------------------------
+
+template <class To, class From>
+FASTLLM_INLINE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+FASTLLM_INLINE Vec broadcast(float x) { return x - Vec{}; }
+
+FASTLLM_INLINE BitsVec widen(HalfBitsVec bits) { return __builtin_convertvector(bits, BitsVec); }
+
+FASTLLM_INLINE HalfBitsVec narrow(BitsVec bits) {
+  return __builtin_convertvector(bits, HalfBitsVec);
+}
+
+FASTLLM_INLINE Vec from_bf16(HalfBitsVec bits) { return bit_cast<Vec>(widen(bits) << 16); }
+
+// Round to nearest even; NaN stays NaN.
+FASTLLM_INLINE HalfBitsVec to_bf16(Vec x) {
+  BitsVec bits = bit_cast<BitsVec>(x);
+  BitsVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  BitsVec quiet_nan = BitsVec{} + 0x7fc0;
+  return narrow(x == x ? rounded : quiet_nan);
+}
+
+#if defined(__AVX512F__)
+
+FASTLLM_INLINE Vec from_fp16(HalfBitsVec bits) {
+  // The masked form with all lanes on: the plain one warns of uninitialised memory in GCC 12.
+  return bit_cast<Vec>(_mm512_maskz_cvtph_ps(0xffff, bit_cast<__m256i>(bits)));
+}
+FASTLLM_INLINE HalfBitsVec to_fp16(Vec x) {
+  return bit_cast<HalfBitsVec>(
+      _mm512_maskz_cvtps_ph(0xffff, bit_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT));
+}
+
+#elif defined(__F16C__)
+
+FASTLLM_INLINE Vec from_fp16(HalfBitsVec bits) {
+  return bit_cast<Vec>(_mm256_cvtph_ps(bit_cast<__m128i>(bits)));
+}
+FASTLLM_INLINE HalfBitsVec to_fp16(Vec x) {
+  return bit_cast<HalfBitsVec>(_mm256_cvtps_ph(bit_cast<__m256>(x), _MM_FROUND_TO_NEAREST_INT));
+}
+
+#else
+
+// An fp16 is an fp32 with a shorter exponent and mantissa. Moving its bits into place leaves the
+// exponent short by 112; subnormals have no implicit one and are built as (1 + m) - 1 instead.
+FASTLLM_INLINE Vec from_fp16(HalfBitsVec half) {
+  BitsVec bits = widen(half);
+  BitsVec sign = (bits & 0x8000) << 16;
+  BitsVec magnitude = (bits & 0x7fff) << 13;
+  BitsVec exponent = magnitude & (0x7c00u << 13);
+  BitsVec normal = magnitude + (112u << 23);
+  BitsVec infinite = magnitude + (224u << 23);
+  Vec smallest_normal = bit_cast<Vec>(BitsVec{} + (113u << 23));
+  Vec subnormal = bit_cast<Vec>(magnitude + (113u << 23)) - smallest_normal;
+  BitsVec finite = exponent == 0 ? bit_cast<BitsVec>(subnormal) : normal;
+  return bit_cast<Vec>(sign | (exponent == (0x7c00u << 13) ? infinite : finite));
+}
+
+// Round to nearest even. Adding a number whose last mantissa bit weighs 2^-24 rounds a subnormal.
+FASTLLM_INLINE HalfBitsVec to_fp16(Vec x) {
+  BitsVec bits = bit_cast<BitsVec>(x);
+  BitsVec sign = bits & 0x80000000u;
+  BitsVec magnitude = bits ^ sign;
+  BitsVec aligner = BitsVec{} + (126u << 23);
+  BitsVec subnormal = bit_cast<BitsVec>(bit_cast<Vec>(magnitude) + bit_cast<Vec>(aligner)) - aligner;
+  BitsVec normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  BitsVec finite = magnitude < (113u << 23) ? subnormal : normal;
+  BitsVec infinite = BitsVec{} + 0x7c00;
+  BitsVec quiet_nan = BitsVec{} + 0x7e00;
+  BitsVec overflowed = magnitude > (255u << 23) ? quiet_nan : infinite;
+  return narrow((magnitude >= (143u << 23) ? overflowed : finite) | (sign >> 16));
+}
+
+#endif
+
+// ---- Memory --------------------------------------------------------------------------------------
+
+template <class V>
+FASTLLM_INLINE V load_bits(const void* from) {
+  V v;
+  __builtin_memcpy(&v, from, sizeof(v));
+  return v;
+}
+
+FASTLLM_INLINE Vec load(const float* p) { return load_bits<Vec>(p); }
+FASTLLM_INLINE Vec load(const bf16* p) { return from_bf16(load_bits<HalfBitsVec>(p)); }
+FASTLLM_INLINE Vec load(const fp16* p) { return from_fp16(load_bits<HalfBitsVec>(p)); }
+
+FASTLLM_INLINE void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof(v)); }
+FASTLLM_INLINE void store(bf16* p, Vec v) {
+  HalfBitsVec bits = to_bf16(v);
+  __builtin_memcpy(p, &bits, sizeof(bits));
+}
+FASTLLM_INLINE void store(fp16* p, Vec v) {
+  HalfBitsVec bits = to_fp16(v);
+  __builtin_memcpy(p, &bits, sizeof(bits));
+}
+
+// How many lanes of a vector count: all of them, or the last few of a row.
+struct AllLanes {};
+struct SomeLanes {
+  int count;
+};
+
+template <class T>
+FASTLLM_INLINE Vec load(const T* p, AllLanes) {
+  return load(p);
+}
+template <class T>
+FASTLLM_INLINE void store(T* p, Vec v, AllLanes) {
+  store(p, v);
+}
+
+// The lanes that do not count are loaded as zero and not stored.
+template <class T>
+FASTLLM_INLINE Vec load(const T* p, SomeLanes lanes) {
+  T buffer[kLanes] = {};
+  for (int i = 0; i < lanes.count; ++i) buffer[i] = p[i];
+  return load(buffer);
+}
+template <class T>
+FASTLLM_INLINE void store(T* p, Vec v, SomeLanes lanes) {
+  T buffer[kLanes];
+  store(buffer, v);
+  for (int i = 0; i < lanes.count; ++i) p[i] = buffer[i];
+}
+
+// The lanes that count, and `other` in the lanes that do not.
+FASTLLM_INLINE Vec only(Vec v, AllLanes, float /*other*/) { return v; }
+FASTLLM_INLINE Vec only(Vec v, SomeLanes lanes, float other) {
+  for (int i = lanes.count; i < kLanes; ++i) v[i] = other;
+  return v;
+}
+
+// Calls step(i, lanes) for the vectors that start at i = 0, kLanes, ... of a row of n numbers.
+template <class Step>
+FASTLLM_INLINE void for_each_vector(int64_t n, Step step) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) step(i, AllLanes{});
+  if (i < n) step(i, SomeLanes{static_cast<int>(n - i)});
+}
+
+// ---- Arithmetic ----------------------------------------------------------------------------------
+
+// The left operand where neither is larger, and NaN where `a` is NaN.
+FASTLLM_INLINE Vec max(Vec a, Vec b) { return a < b ? b : a; }
+FASTLLM_INLINE Vec min(Vec a, Vec b) { return a > b ? b : a; }
+FASTLLM_INLINE Vec abs(Vec a) { return bit_cast<Vec>(bit_cast<BitsVec>(a) & 0x7fffffffu); }
+
+struct Add {
+  template <class V>
+  FASTLLM_INLINE V operator()(V a, V b) const {
+    return a + b;
+  }
+};
+struct Max {
+  template <class V>
+  FASTLLM_INLINE V operator()(V a, V b) const {
+    return a < b ? b : a;
+  }
+};
+
+// Folds the upper half of a vector onto the lower half until four lanes are left.
+template <int lanes, class V, class Combine>
+FASTLLM_INLINE float fold(V v, Combine combine) {
+  if constexpr (lanes == 4) {
+    return combine(combine(v[0], v[2]), combine(v[1], v[3]));
+  } else {
+    typedef float Half __attribute__((vector_size(lanes * 2)));
+    Half halves[2];
+    __builtin_memcpy(halves, &v, sizeof(v));
+    return fold<lanes / 2>(combine(halves[0], halves[1]), combine);
+  }
+}
+
+FASTLLM_INLINE float sum(Vec v) { return fold<kLanes>(v, Add{}); }
+FASTLLM_INLINE float largest(Vec v) { return fold<kLanes>(v, Max{}); }
+
+// e^x to 2 units in the last place; 0 below -87 and infinity above 88.7. With n = round(x / ln 2),
+// e^x = 2^n e^r, where r lies in +-ln(2)/2 and e^r is a polynomial.
+FASTLLM_INLINE Vec exp(Vec x) {
+  constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  Vec clamped = min(x, broadcast(89.0f));
+  Vec shifted = clamped * 1.44269504088896341f + kRounder;
+  Vec n = shifted - kRounder;
+  Vec r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
+  Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  // 2^n as 2 * 2^(n - 1), because 2^128 is no fp32.
+  IntVec exponent = (bit_cast<IntVec>(shifted) << 23) + (126 << 23);
+  Vec result = (p + p) * bit_cast<Vec>(exponent);
+  return x < -87.0f ? Vec{} : result;
+}
+
+FASTLLM_INLINE Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp(-x)); }
+
+// A polynomial near zero, where 1 - 2 / (e^2x + 1) would cancel.
+FASTLLM_INLINE Vec tanh(Vec x) {
+  Vec square = x * x;
+  Vec p = square * -5.70498872745e-3f + 2.06390887954e-2f;
+  p = p * square - 5.37397155531e-2f;
+  p = p * square + 1.33314422036e-1f;
+  p = p * square - 3.33332819422e-1f;
+  Vec near_zero = p * square * x + x;
+  Vec elsewhere = 1.0f - 2.0f / (exp(x + x) + 1.0f);
+  return abs(x) < 0.625f ? near_zero : elsewhere;
+}
+
+}  // namespace

@@ -1,0 +1,5 @@
+"""`python -m fastllm` is the command `fastllm`."""
+
+from fastllm.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,24 @@
+"""`fastllm demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .folder import check_run_folder
+
+STAGES = ("sft", "rm", "grpo")
+
+
+def demo(values: dict[str, Any]) -> int:
+    """SFT, a reward model and GRPO on generated tasks, with a table at the end."""
+    out = values.get("out", Path("runs/demo"))
+    for stage in STAGES:
+        check_run_folder(out / stage, overwrite=values.get("overwrite", False))
+    from fastllm.demo import run_demo
+    from fastllm.training.logging import configure_logging
+
+    configure_logging()
+
+    run_demo(out, seed=values.get("seed", 0), quick=values.get("quick", False))
+    return 0

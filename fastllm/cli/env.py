@@ -1,0 +1,107 @@
+"""`fastllm env`: what is installed, what runs where on this machine, and why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from typing import Any
+
+PACKAGES = (
+    "torch",
+    "triton",
+    "tokenizers",
+    "safetensors",
+    "jinja2",
+    "rich",
+    "pyyaml",
+    "transformers",
+    "peft",
+    "datasets",
+)
+VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TRITON_INTERPRET")
+
+
+def env(values: dict[str, Any]) -> int:
+    """Print the report, as text or as JSON."""
+    facts = environment()
+    if values.get("json", False):
+        print(json.dumps(facts, indent=2))
+        return 0
+    for title, content in facts.items():
+        print(f"{title}:")
+        for line in _lines(content):
+            print(f"  {line}")
+    return 0
+
+
+def environment() -> dict[str, Any]:
+    """Versions, devices, threads, what serves each op, and the variables that change it."""
+    import fastllm
+    from fastllm import ops
+    from fastllm.ops import cpp
+
+    return {
+        "versions": {
+            "fastllm": fastllm.__version__,
+            "python": platform.python_version(),
+            **{name: _version(name) for name in PACKAGES},
+        },
+        "machine": {"system": platform.platform(), "python": sys.executable},
+        "devices": _devices(),
+        "C++": {"status": cpp.reason(), "isa": cpp.isa() if cpp.available() else "none"},
+        "ops": ops.report(),
+        "variables": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith("FASTLLM_") or name in VARIABLES
+        },
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _devices() -> dict[str, dict[str, str]]:
+    import torch
+
+    devices = {
+        "cpu": {
+            "name": platform.processor() or platform.machine(),
+            "threads": f"{torch.get_num_threads()} of {os.cpu_count()}",
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "dtypes": "fp32 (auto), bf16, fp16",
+        }
+    }
+    for index in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(index)
+        bf16 = torch.cuda.is_bf16_supported()
+        devices[f"cuda:{index}"] = {
+            "name": facts.name,
+            "memory": f"{facts.total_memory / 2**30:.1f} GiB",
+            "runtime": f"HIP {torch.version.hip}"
+            if torch.version.hip
+            else f"CUDA {torch.version.cuda}",
+            "dtypes": "bf16 (auto), fp32, fp16" if bf16 else "fp32 (auto), fp16",
+        }
+    if torch.backends.mps.is_available():
+        devices["mps"] = {"name": platform.machine(), "dtypes": "fp32 (auto), fp16"}
+    return devices
+
+
+def _lines(content: dict[str, Any]) -> list[str]:
+    lines: list[str] = []
+    for key, value in content.items():
+        if isinstance(value, dict):
+            lines += [f"{key}:"] if len(value) != 1 else []
+            prefix = f"{key} on " if len(value) == 1 else "  "
+            lines += [f"{prefix}{name}: {text}" for name, text in value.items()]
+        else:
+            lines.append(f"{key}: {value}")
+    return lines or ["none set"]

@@ -1,0 +1,143 @@
+"""Low-rank adapters (Hu et al., 2021) with PEFT's names."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .transformer import Linear
+
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(kw_only=True)
+class LoraConfig:
+    """Adapter settings; the fields are those of `peft.LoraConfig` that are supported."""
+
+    r: int = 16
+    """Rank."""
+    lora_alpha: float = 32
+    """The update is scaled by lora_alpha / r (by lora_alpha / sqrt(r) with `use_rslora`)."""
+    lora_dropout: float = 0.0
+    target_modules: Sequence[str] | str = ALL_LINEAR
+    """Names of the projections to adapt, or "all-linear"."""
+    use_rslora: bool = False
+
+    def __post_init__(self) -> None:
+        if self.target_modules == "all-linear":
+            self.target_modules = ALL_LINEAR
+        unknown = sorted(set(self.target_modules) - set(ALL_LINEAR))
+        if isinstance(self.target_modules, str) or unknown:
+            raise ValueError(
+                f"target_modules: expected names among {', '.join(ALL_LINEAR)} or 'all-linear'; "
+                f"found {self.target_modules if not unknown else ', '.join(unknown)}"
+            )
+        if self.r < 1:
+            raise ValueError(f"r must be at least 1, found {self.r}")
+
+    @property
+    def scaling(self) -> float:
+        return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
+
+    @classmethod
+    def from_peft(cls, config: Any) -> LoraConfig:
+        """Our settings from a `peft.LoraConfig`, or from another object with its fields.
+
+        Raises:
+            ValueError: a setting that is not supported.
+        """
+        if isinstance(config, cls):
+            return config
+        for name in ("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "layers_to_transform"):
+            if getattr(config, name, None):
+                raise ValueError(f"LoRA: {name} is not supported")
+        if getattr(config, "bias", "none") != "none":
+            raise ValueError(f"LoRA: bias must be 'none', found {config.bias!r}")
+        targets = config.target_modules or ("q_proj", "v_proj")  # PEFT's default for Llama
+        return cls(
+            r=config.r,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules=targets if isinstance(targets, str) else sorted(targets),
+            use_rslora=config.use_rslora,
+        )
+
+
+class LoRALinear(Linear):
+    """x W^T + scaling * dropout(x) A^T B^T; W is frozen, B starts at zero."""
+
+    def __init__(self, base: Linear, config: LoraConfig) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.weight, self.bias = base.weight, base.bias
+        place: dict[str, Any] = {"device": base.weight.device, "dtype": torch.float32}
+        self.lora_A = Linear(base.in_features, config.r, bias=False, **place)
+        self.lora_B = Linear(config.r, base.out_features, bias=False, **place)
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=5**0.5)
+        nn.init.zeros_(self.lora_B.weight)
+        self.dropout = nn.Dropout(config.lora_dropout)
+        self.scaling = config.scaling
+        self.enabled = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        if not self.enabled:
+            return out
+        return out + self.lora_B(self.lora_A(self.dropout(x))) * self.scaling
+
+
+def add_lora(model: nn.Module, config: LoraConfig) -> None:
+    """Freeze `model` and put adapters on its projections, in place.
+
+    A reward model's `score` head stays trainable: it is new, so no adapter can carry it.
+    """
+    model.requires_grad_(False)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, Linear) and name in config.target_modules:
+                setattr(parent, name, LoRALinear(child, config))
+    if hasattr(model, "score"):
+        model.score.weight.requires_grad_(True)
+    model.lora_config = config
+
+
+def adapters(model: nn.Module) -> list[LoRALinear]:
+    """The adapted projections of a model."""
+    return [module for module in model.modules() if isinstance(module, LoRALinear)]
+
+
+@contextlib.contextmanager
+def disable_lora(model: nn.Module) -> Iterator[None]:
+    """The model without its adapters: the reference of a policy that trains adapters."""
+    switched = [adapter for adapter in adapters(model) if adapter.enabled]
+    for adapter in switched:
+        adapter.enabled = False
+    try:
+        yield
+    finally:
+        for adapter in switched:
+            adapter.enabled = True
+
+
+@torch.no_grad()
+def merge_lora(model: nn.Module) -> None:
+    """Add the adapters into the weights in fp32, round once, and remove them, in place."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, LoRALinear):
+                update = child.lora_B.weight.float() @ child.lora_A.weight.float()
+                merged = child.weight.float() + child.scaling * update
+                child.weight.copy_(merged.to(child.weight.dtype))
+                setattr(parent, name, _plain(child))
+    del model.lora_config
+
+
+def _plain(adapter: LoRALinear) -> Linear:
+    linear = Linear(adapter.in_features, adapter.out_features, bias=False, device="meta")
+    linear.weight, linear.bias = adapter.weight, adapter.bias
+    return linear

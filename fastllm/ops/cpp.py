@@ -1,0 +1,271 @@
+"""The C++ kernels for CPUs: loading `fastllm._C`, and one namespace of raw kernels per op.
+
+The namespaces have the same functions and arguments as the Triton modules `fastllm.kernels.<op>`.
+An extension that was not built is a choice; one that does not load is a defect, and says so once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..layout import PackedLayout
+
+_BUILD = "pip install -e . (needs a C++ compiler: gcc 10+ or clang 14+) and start Python again"
+
+
+def available() -> bool:
+    """Whether the C++ kernels can serve CPU tensors in this process."""
+    return _load()[0] is not None
+
+
+def reason() -> str:
+    """Why the C++ kernels can or cannot serve, in one line."""
+    return _load()[1]
+
+
+def isa() -> str:
+    """Instruction set that the kernels run on: "baseline", "avx2" or "avx512".
+
+    Raises:
+        RuntimeError: the extension was not built or does not load.
+    """
+    return _loaded().isa()
+
+
+def _loaded() -> ModuleType:
+    extension, why = _load()
+    if extension is None:
+        raise RuntimeError(why)
+    return extension
+
+
+@cache
+def _ops() -> Any:
+    _loaded()
+    return torch.ops.fastllm
+
+
+@cache
+def _load() -> tuple[ModuleType | None, str]:
+    try:
+        extension = importlib.import_module("fastllm._C")
+    except ModuleNotFoundError as error:
+        if error.name != "fastllm._C":
+            raise
+        return None, f"C++ extension not built: run {_BUILD}"
+    except ImportError as error:
+        why = f"C++ extension is broken: {error}"
+        warnings.warn(f"fastllm: {why}", RuntimeWarning, stacklevel=2)
+        return None, why
+    _register_shapes()
+    levels = ", ".join(extension.isa_levels())
+    return extension, f"C++ extension built for {levels}; running {extension.isa()}"
+
+
+class rms_norm:
+    """h = x + residual, y = h / sqrt(mean(h^2) + eps) * weight, and its gradient."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor, eps: float, residual: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _ops().rms_norm_forward(x, weight, eps, residual)
+
+    @staticmethod
+    def backward(
+        dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor, weight_grad: bool
+    ) -> tuple[Tensor, Tensor]:
+        return _ops().rms_norm_backward(dy, dh, h, weight, rstd, weight_grad)
+
+
+class rope:
+    """Rotation of the two halves of each head by its position's angle."""
+
+    @staticmethod
+    def forward(
+        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, inverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        return _ops().rope_forward(q, k, cos, sin, positions, inverse)
+
+
+class swiglu:
+    """silu(gate) * up, and its gradient."""
+
+    @staticmethod
+    def forward(gate: Tensor, up: Tensor) -> Tensor:
+        return _ops().swiglu_forward(gate, up)
+
+    @staticmethod
+    def backward(dout: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        return _ops().swiglu_backward(dout, gate, up)
+
+
+class attention:
+    """Attention on the packed, prefix-shared layout, and its gradient."""
+
+    @staticmethod
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, scale: float, window: int
+    ) -> tuple[Tensor, Tensor]:
+        return _ops().attention_forward(
+            q,
+            k,
+            v,
+            layout.starts,
+            layout.prefix,
+            layout.positions,
+            layout.query_rows,
+            layout.query_starts,
+            scale,
+            window,
+        )
+
+    @staticmethod
+    def backward(
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        layout: PackedLayout,
+        scale: float,
+        window: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _ops().attention_backward(
+            dout,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            layout.starts,
+            layout.prefix,
+            layout.positions,
+            layout.query_rows,
+            layout.query_starts,
+            layout.children_starts,
+            layout.children,
+            scale,
+            window,
+        )
+
+
+class decode_attention:
+    """One new token per sequence against a shared prompt and the sequence's own tail."""
+
+    @staticmethod
+    def forward(
+        q: Tensor,
+        prefix_k: Tensor,
+        prefix_v: Tensor,
+        prefix_starts: Tensor,
+        group: Tensor,
+        tail_k: Tensor,
+        tail_v: Tensor,
+        tail_rows: Tensor,
+        tail_lengths: Tensor,
+        scale: float,
+        window: int,
+    ) -> Tensor:
+        return _ops().decode_attention_forward(
+            q,
+            prefix_k,
+            prefix_v,
+            prefix_starts,
+            group,
+            tail_k,
+            tail_v,
+            tail_rows,
+            tail_lengths,
+            scale,
+            window,
+        )
+
+
+class linear_logprob:
+    """Log-probability of the target and entropy of each row of logits, and the gradient."""
+
+    @staticmethod
+    def forward(
+        logits: Tensor, targets: Tensor, temperature: float, softcap: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _ops().linear_logprob_forward(logits, targets, temperature, softcap)
+
+    @staticmethod
+    def backward_(
+        logits: Tensor,
+        targets: Tensor,
+        lse: Tensor,
+        entropy: Tensor,
+        dlogp: Tensor,
+        dentropy: Tensor,
+        temperature: float,
+        softcap: float,
+    ) -> None:
+        _ops().linear_logprob_backward_(
+            logits, targets, lse, entropy, dlogp, dentropy, temperature, softcap
+        )
+
+
+class pairwise_loss:
+    """Bradley-Terry loss of pairs of scores, with its gradient."""
+
+    @staticmethod
+    def forward(
+        chosen: Tensor, rejected: Tensor, margin: Tensor | None, centering: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _ops().pairwise_loss_forward(chosen, rejected, margin, centering)
+
+
+# Shapes and dtypes of the results, for torch.compile and for checks without data. The arguments
+# are those of the ops above.
+
+
+def _register_shapes() -> None:
+    def float32(like: Tensor, *shape: int) -> Tensor:
+        return like.new_empty(shape, dtype=torch.float32)
+
+    def rms_norm_forward(x, weight, eps, residual):
+        h = x.new_empty(0) if residual is None else torch.empty_like(x)
+        return torch.empty_like(x), h, float32(x, x.shape[0])
+
+    def rms_norm_backward(dy, dh, h, weight, rstd, weight_grad):
+        return torch.empty_like(h), float32(h, h.shape[1] if weight_grad else 0)
+
+    def attention_forward(q, *_arguments):
+        return torch.empty_like(q), float32(q, *q.shape[:2])
+
+    def attention_backward(_dout, q, k, v, *_arguments):
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+    def linear_logprob_forward(logits, *_arguments):
+        return tuple(float32(logits, logits.shape[0]) for _ in range(3))
+
+    def pairwise_loss_forward(chosen, *_arguments):
+        shape = chosen.shape
+        return float32(chosen), float32(chosen, *shape), float32(chosen, *shape)
+
+    shapes: dict[str, Callable[..., Any]] = {
+        "rms_norm_forward": rms_norm_forward,
+        "rms_norm_backward": rms_norm_backward,
+        "rope_forward": lambda q, k, *_: (torch.empty_like(q), torch.empty_like(k)),
+        "swiglu_forward": lambda gate, _up: torch.empty_like(gate),
+        "swiglu_backward": lambda _dout, gate, up: (torch.empty_like(gate), torch.empty_like(up)),
+        "attention_forward": attention_forward,
+        "attention_backward": attention_backward,
+        "decode_attention_forward": lambda q, *_: torch.empty_like(q),
+        "linear_logprob_forward": linear_logprob_forward,
+        "linear_logprob_backward_": lambda *_: None,
+        "pairwise_loss_forward": pairwise_loss_forward,
+    }
+    for name, shape in shapes.items():
+        torch.library.register_fake(f"fastllm::{name}", shape)

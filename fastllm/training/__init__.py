@@ -1,0 +1,1 @@
+"""Trainers: SFT, reward models and GRPO over one loop."""

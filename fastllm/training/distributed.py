@@ -1,0 +1,109 @@
+"""The processes of a run: one, or as many as torchrun started.
+
+Every function here works in a single process too, where there is nothing to wait for and a sum
+over ranks is the value itself.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Value = TypeVar("Value", int, float, Tensor)
+
+
+def start(device: torch.device | str = "cpu") -> None:
+    """Join the other processes where torchrun's environment says that there are any.
+
+    CUDA devices talk over NCCL, all others over gloo. A process group that is already there is
+    kept. With CUDA, this process takes the device of its local rank.
+
+    Raises:
+        ValueError: an incomplete environment.
+    """
+    if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ValueError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but {', '.join(missing)} not set; "
+            "start the processes with torchrun"
+        )
+    on_cuda = torch.device(device).type == "cuda"
+    if on_cuda:
+        torch.cuda.set_device(local_rank())
+    dist.init_process_group("nccl" if on_cuda else "gloo")
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number among all of them."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def local_rank() -> int:
+    """This process's number on its machine: the index of its device."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def is_main() -> bool:
+    """Whether this process writes files and messages."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def all_reduce_sum(value: Value) -> Value:
+    """Sum over all processes, as the type that came in: int, float (in fp64) or a new tensor."""
+    return _reduce(value, dist.ReduceOp.SUM)
+
+
+def all_reduce_max(value: Value) -> Value:
+    """Largest value over all processes, as the type that came in."""
+    return _reduce(value, dist.ReduceOp.MAX)
+
+
+def all_reduce_sum_(tensors: list[Tensor]) -> None:
+    """Sum each tensor over all processes, in place."""
+    if world_size() == 1:
+        return
+    for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+        work.wait()
+
+
+def _reduce(value: Value, operation: dist.ReduceOp.RedOpType) -> Value:
+    if world_size() == 1:
+        return value.clone() if isinstance(value, Tensor) else value
+    if isinstance(value, Tensor):
+        total = value.clone().contiguous()
+        dist.all_reduce(total, operation)
+        return total
+    dtype = torch.int64 if isinstance(value, int) else torch.float64
+    total = torch.tensor(value, dtype=dtype, device=_device())
+    dist.all_reduce(total, operation)
+    return type(value)(total.item())
+
+
+def _device() -> torch.device:
+    """Where NCCL or gloo expects its tensors."""
+    if dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")

@@ -1,0 +1,284 @@
+"""Group relative policy optimisation: sample groups, score them, move towards the better ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import generation, ops
+from ..data.encoding import EncodedPrompt, encode_prompts
+from ..data.packing import TokenBatch
+from ..data.records import PromptRecord, prompt_records
+from ..data.tasks import exact_match, generate_tasks, grpo_prompts
+from ..model.lora import disable_lora
+from ..model.transformer import Transformer
+from . import distributed
+from .averages import Averages, Metric
+from .config import GRPOConfig
+from .grpo_loss import Tokens, grpo_loss
+from .loop import Pass
+from .rewards import Rewards, Rollout
+from .rollouts import GRPOBatch, RolloutSource, as_rollout
+from .start import config_from, finish
+from .trainer import Trainer, frozen_copy, split_by_prompt
+
+
+def train_grpo(
+    policy_ckpt: str | Path,
+    reward_ckpt: str | Path | Sequence[str | Path] | None = None,
+    out_dir: str | Path = "runs/grpo",
+    *,
+    prompts: Any = None,
+    reward_funcs: Any = None,
+    tokenizer: Any = None,
+    eval_prompts: Any = None,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    save_every: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    seed: int = 42,
+    resume: str | Path | bool = "never",
+    peft_config: Any = None,
+    callbacks: Iterable[Any] | None = None,
+    **config: Any,
+) -> Transformer:
+    """Improve a policy on prompts with reward models, reward functions, or both.
+
+    Args:
+        policy_ckpt: run folder, checkpoint, `.pt` file or Hugging Face folder.
+        reward_ckpt: one reward model or several, likewise.
+        out_dir: run folder; becomes a Hugging Face folder.
+        prompts: a .jsonl(.gz) path or records with `prompt`; other columns go to the reward
+            functions. None takes generated arithmetic and string tasks.
+        reward_funcs: a function in TRL's signature, or several. With generated prompts and
+            neither a reward model nor a function, the tasks' exact check.
+        eval_prompts: held-out prompts: one greedy completion of each is scored.
+        config: any other field of `GRPOConfig`.
+
+    The other arguments are those of `train_sft`.
+
+    Returns:
+        The trained policy.
+
+    Raises:
+        DataError: a bad record, or a reward model with another vocabulary than the policy.
+        ValueError, TypeError: settings that do not fit.
+    """
+    functions = [*_listed(reward_ckpt), *_listed(reward_funcs)]
+    if prompts is None:
+        prompts = grpo_prompts(generate_tasks(4096, seed))
+        functions = functions or [exact_match]
+    if "max_completion_length" not in config:
+        config["max_completion_length"] = 64
+    trainer = GRPOTrainer(
+        policy_ckpt,
+        functions,
+        config_from(
+            GRPOConfig,
+            out_dir,
+            steps=steps,
+            batch_size=batch_size,
+            lr=lr,
+            save_every=save_every,
+            device=device,
+            dtype=dtype,
+            seed=seed,
+            **config,
+        ),
+        train_dataset=prompts,
+        eval_dataset=eval_prompts,
+        processing_class=tokenizer,
+        callbacks=callbacks,
+        peft_config=peft_config,
+    )
+    trainer.train(resume)
+    finish(trainer, policy_ckpt)
+    return trainer.model
+
+
+class GRPOTrainer(Trainer):
+    """TRL's GRPOTrainer with the sampler inside: rollouts use the weights that are trained."""
+
+    config_class = GRPOConfig
+    model_class = Transformer
+    args: GRPOConfig
+    model: Transformer
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any,
+        args: GRPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        callbacks: Iterable[Any] | None = None,
+        peft_config: Any = None,
+    ) -> None:
+        super().__init__(model, args, processing_class, callbacks, peft_config)
+        records, held = prompt_records(train_dataset), None
+        if eval_dataset is not None:
+            held = prompt_records(eval_dataset, "eval_prompts")
+        elif self.args.eval_fraction:
+            records, held = split_by_prompt(
+                records, self.args.eval_fraction, self.args.seed, lambda r: str(r.prompt)
+            )
+        self._prompts = self._encode(records)
+        self._held = None if held is None else self._encode(held)
+        self.rewards = Rewards(
+            _listed(reward_funcs),
+            self.args.reward_weights,
+            self.processing_class,
+            self.device,
+            self.dtype,
+        )
+        self._extra_metrics: dict[str, Metric] = {}
+        self._reference = self._reference_model()
+
+    def source(self) -> RolloutSource:
+        return RolloutSource(
+            self.model,
+            self._prompts,
+            self.rewards,
+            self.processing_class,
+            self.args,
+            self.device,
+            self._policy_logp,
+            self._context(),
+            self._write_completions,
+        )
+
+    def loss(self, model: Transformer, batch: GRPOBatch) -> tuple[Tensor, dict[str, Metric]]:
+        logp, entropy = self._logp(model, batch.tokens)
+        tokens = Tokens(
+            logp=logp,
+            old=batch.old_logp,
+            reference=self._reference_logp(batch.tokens),
+            sequence=batch.tokens.sequence,
+            lengths=batch.lengths,
+            advantages=batch.advantages,
+        )
+        loss, metrics = grpo_loss(tokens, self.args)
+        count = logp.numel()
+        # Old log-probabilities are the trainer's own of the rollout's weights; on policy, now.
+        trainer_logp = logp.detach() if batch.old_logp is None else batch.old_logp
+        difference = (trainer_logp - batch.sampler_logp).abs()
+        metrics |= {
+            "entropy": (entropy.detach().sum(), count),
+            "sampling/sampling_logp_difference/mean": (difference.sum(), count),
+            **self._extra_metrics,
+        }
+        if count:
+            metrics["sampling/sampling_logp_difference/max"] = (difference.max(), 1)
+        self._extra_metrics = {}
+        return loss, metrics
+
+    def evaluation_passes(self) -> list[Pass] | None:
+        """GRPO evaluates by sampling; the presence of held-out prompts is what counts."""
+        return None if self._held is None else []
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Mean reward of one greedy completion for each held-out prompt, `eval_reward` and
+        `eval_rewards/<function>/mean`."""
+        if self._held is None:
+            raise ValueError("evaluate: there are no held-out prompts (eval_dataset)")
+        rank, world = distributed.rank(), distributed.world_size()
+        held = self._held[rank::world]
+        completions = generation.generate(
+            self.model,
+            [p.input_ids for p in held],
+            self.args.max_completion_length,
+            temperature=0.0,
+        )
+        rollout = as_rollout(held, completions, self.processing_class)
+        total, each = self.rewards(rollout, **self._context())
+        averages = Averages()
+        columns = zip(["reward", *self._reward_metric_names()], [total, *each.unbind(1)], strict=True)
+        for name, values in columns:
+            known = values[~values.isnan()]
+            averages.add({name: (known.sum(), known.numel())})
+        lengths = [len(c.token_ids) for c in completions]
+        averages.add({"completions/mean_length": (sum(lengths), len(lengths))})
+        return {f"eval_{name}": value for name, value in averages.pop().items()}
+
+    # -- parts ---------------------------------------------------------------------------------
+
+    def _encode(self, records: list[PromptRecord]) -> list[EncodedPrompt]:
+        limit = self.model.config.max_position_embeddings - self.args.max_completion_length
+        allowed = self.args.max_prompt_length or limit
+        if allowed > limit or allowed < 1:
+            raise ValueError(
+                f"max_completion_length {self.args.max_completion_length} and a prompt of up to "
+                f"{max(allowed, 1)} tokens pass the model's {limit + self.args.max_completion_length} "
+                "positions"
+            )
+        return encode_prompts(records, self.processing_class, allowed)[0]
+
+    def _logp(self, model: Transformer, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        hidden = model.hidden(batch.input_ids, batch.layout, batch.rows)
+        return ops.linear_logprob(
+            hidden[batch.source],
+            model.lm_head.weight,
+            batch.targets,
+            temperature=self.args.temperature or 1.0,
+            entropy=True,
+        )
+
+    @torch.no_grad()
+    def _policy_logp(self, batch: TokenBatch) -> Tensor:
+        return self._logp(self.model, batch)[0]
+
+    @torch.no_grad()
+    def _reference_logp(self, batch: TokenBatch) -> Tensor | None:
+        """Log-probabilities under the reference: with LoRA, the adapter switched off."""
+        if self.args.beta == 0:
+            return None
+        if self._reference is not None:
+            return self._logp(self._reference, batch)[0]
+        with disable_lora(self.model):
+            return self._logp(self.model, batch)[0]
+
+    def _reference_model(self) -> Transformer | None:
+        if self.args.beta == 0 or hasattr(self.model, "lora_config"):
+            return None
+        return frozen_copy(self.model)  # type: ignore[return-value]
+
+    def _reward_metric_names(self) -> list[str]:
+        return [f"rewards/{name}/mean" for name in self.rewards.names]
+
+    def _context(self) -> dict[str, Any]:
+        """What TRL passes to every reward function beside the data."""
+        return {
+            "trainer_state": self.state,
+            "log_extra": lambda column, values: None,
+            "log_metric": self._log_metric,
+        }
+
+    def _log_metric(self, name: str, value: float) -> None:
+        self._extra_metrics[name] = (float(value), 1)
+
+    def _write_completions(self, rollout: Rollout, rewards: Tensor) -> None:
+        step = self.state.global_step
+        due = step % self.args.logging_steps == 0
+        if not (self.args.log_completions and due and distributed.is_main()):
+            return
+        rows = zip(rollout.prompts, rollout.completions, rewards.tolist(), strict=True)
+        path = Path(self.args.output_dir) / "completions.jsonl"
+        with path.open("a", encoding="utf-8") as file:
+            for prompt, completion, reward in rows:
+                row = {"step": step, "prompt": prompt, "completion": completion, "reward": reward}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _listed(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]

@@ -1,0 +1,147 @@
+"""The GRPO family of losses on packed completions.
+
+GRPO (Shao et al., 2024), BNPO, Dr. GRPO (Liu et al., 2025), DAPO (Yu et al., 2025), CISPO
+(MiniMax, 2025) and the sequence-level ratio of GSPO (Zheng et al., 2025), as TRL defines them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .averages import Metric
+from .config import GRPOConfig
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What the loss knows of the M completion tokens of a pass.
+
+    Attributes:
+        logp: log-probability under the policy that is trained [M], with gradient.
+        old: under the policy that sampled, or None on policy [M].
+        reference: under the reference, or None without a KL term [M].
+        sequence: completion of each token [M], int64.
+        lengths: tokens of each completion [B].
+        advantages: of each completion [B].
+    """
+
+    logp: Tensor
+    old: Tensor | None
+    reference: Tensor | None
+    sequence: Tensor
+    lengths: Tensor
+    advantages: Tensor
+
+
+def grpo_loss(tokens: Tokens, config: GRPOConfig) -> tuple[Tensor, dict[str, Metric]]:
+    """Sum of the loss over a pass, to be divided by the step's normaliser.
+
+    Per token, with ratio r = exp(logp - old) (for sequence level: of the completion's mean) and
+    advantage A: -min(min(r, delta) A, clip(r, 1 - epsilon, 1 + epsilon_high) A), for cispo
+    -min(r, epsilon_high) A logp with no gradient through r; plus beta * k3 * r.
+
+    Returns:
+        Scalar, and metrics as (sum, weight). `normaliser` says what to divide by.
+    """
+    old = tokens.logp.detach() if tokens.old is None else tokens.old
+    log_ratio = tokens.logp - old
+    if config.importance_sampling_level == "sequence":
+        log_ratio = _sequence_mean(log_ratio, tokens)
+    ratio = log_ratio.exp()
+    advantage = tokens.advantages[tokens.sequence]
+    low, high = config.epsilon, config.epsilon_high or config.epsilon
+    if config.loss_type == "cispo":
+        loss = -ratio.clamp(max=high).detach() * advantage * tokens.logp
+    else:
+        bounded = ratio if config.delta is None else ratio.clamp(max=config.delta)
+        loss = -torch.min(bounded * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+    metrics = _clip_metrics(ratio.detach(), advantage, low, high, config.loss_type)
+    if tokens.reference is not None:
+        gap = tokens.reference - tokens.logp
+        k3 = gap.exp() - gap - 1  # Schulman (2020): unbiased, never negative
+        loss = loss + config.beta * k3 * ratio
+        metrics["kl"] = (k3.detach().sum(), k3.numel())
+    return (loss * _token_weights(tokens, config)).sum(), metrics
+
+
+def normaliser(config: GRPOConfig, completions: int, loss_tokens: int) -> float:
+    """What one pass adds to the step's normaliser.
+
+    Args:
+        completions: of the pass, masked ones included.
+        loss_tokens: completion tokens that carry loss.
+    """
+    match config.loss_type:
+        case "grpo":
+            return completions
+        case "bnpo":
+            return 1
+        case "dr_grpo":
+            return completions * config.max_completion_length
+        case _:
+            return loss_tokens
+
+
+def _token_weights(tokens: Tokens, config: GRPOConfig) -> Tensor | float:
+    """Weight of each token in the sum that `normaliser` divides."""
+    match config.loss_type:
+        case "grpo":
+            return 1.0 / tokens.lengths[tokens.sequence]
+        case "bnpo":
+            return 1.0 / max(1, tokens.logp.numel())
+        case _:
+            return 1.0
+
+
+def _sequence_mean(values: Tensor, tokens: Tokens) -> Tensor:
+    """Mean over each completion, given to each of its tokens [M]."""
+    sums = values.new_zeros(tokens.lengths.shape).index_add(0, tokens.sequence, values)
+    return (sums / tokens.lengths.clamp(min=1))[tokens.sequence]
+
+
+def _clip_metrics(
+    ratio: Tensor, advantage: Tensor, low: float, high: float, loss_type: str
+) -> dict[str, Metric]:
+    count = max(1, ratio.numel())
+    if loss_type == "cispo":
+        clipped = (ratio > high) & (advantage > 0)
+        return {"cispo_clip_ratio": (clipped.sum(), count)}
+    below = (ratio < 1 - low) & (advantage < 0)
+    above = (ratio > 1 + high) & (advantage > 0)
+    return {
+        "clip_ratio/low_mean": (below.sum(), count),
+        "clip_ratio/high_mean": (above.sum(), count),
+        "clip_ratio/region_mean": ((below | above).sum(), count),
+    }
+
+
+def group_advantages(
+    rewards: Tensor, group_size: int, scale: str, batch_std: float
+) -> tuple[Tensor, Tensor]:
+    """Advantages of completions against their group.
+
+    Args:
+        rewards: [B], groups contiguous; NaN where no reward function scored a completion.
+        group_size: completions of each prompt (G).
+        scale: "group", "batch" or "none": what divides the difference from the group's mean.
+        batch_std: standard deviation of all rewards of the step, for "batch".
+
+    Returns:
+        Advantages [B], 0 for completions without a reward; standard deviation of each group
+        [B / G] (n - 1 in the denominator).
+    """
+    grouped = rewards.view(-1, group_size)
+    known = ~grouped.isnan()
+    count = known.sum(1, keepdim=True)
+    mean = grouped.nansum(1, keepdim=True) / count.clamp(min=1)
+    difference = torch.where(known, grouped - mean, 0.0)
+    std = (difference.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+    match scale:
+        case "group":
+            difference = difference / (std + 1e-4)
+        case "batch":
+            difference = difference / (batch_std + 1e-4)
+    return difference.reshape(-1), std.squeeze(1)

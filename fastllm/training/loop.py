@@ -1,0 +1,361 @@
+"""The one training loop: SFT, reward models and GRPO differ in their source and their loss."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from . import checkpoint, distributed, snapshot
+from .averages import Averages, Metric
+from .callbacks import Callbacks, TrainerControl, TrainerState
+from .config import TrainingConfig
+from .logging import MetricsLog, Progress
+from .optimizer import Optimizer
+from .schedule import learning_rate
+
+_log = logging.getLogger("fastllm")
+
+
+class NumericError(RuntimeError):
+    """The loss or a gradient is not finite; the weights are those before the bad step."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward and backward pass: a micro-batch and what it counts for."""
+
+    batch: Any
+    """What the loss function takes."""
+    weight: float
+    """Its part of the step's normaliser: loss tokens, pairs, or as the loss defines it."""
+    tokens: int
+    """Tokens of its sequences, shared prefixes counted for each sequence, padding not."""
+
+
+class Source(Protocol):
+    """Where a trainer's batches come from."""
+
+    steps_per_epoch: int
+
+    def passes(self, step: int) -> list[Pass]:
+        """The passes of one optimizer step on this rank."""
+
+    def metrics(self) -> dict[str, Metric]:
+        """What the source itself measured since the last call (rewards, lengths)."""
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a checkpoint must keep beside the step number."""
+
+    def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Continue from `state`."""
+
+
+# (model, batch) -> (sum of the loss over the batch, metrics)
+LossFn = Callable[[nn.Module, Any], tuple[Tensor, dict[str, Metric]]]
+
+
+@dataclass
+class TrainOutput:
+    """What `train()` returns, as in Transformers."""
+
+    global_step: int
+    training_loss: float
+    metrics: dict[str, float]
+
+
+@dataclass
+class Hooks:
+    """What the loop asks of the trainer around it."""
+
+    evaluate: Callable[[], dict[str, float]] | None
+    save_model: Callable[[Path], None]
+    callbacks: Callbacks
+    state: TrainerState = field(default_factory=TrainerState)
+    description: str = "training"
+    shown: tuple[str, ...] = ("loss",)
+    """Metrics on the progress line."""
+
+
+def fit(
+    model: nn.Module,
+    source: Source,
+    loss_fn: LossFn,
+    config: TrainingConfig,
+    hooks: Hooks,
+    *,
+    peak_learning_rate: float,
+    scale_loss: bool = False,
+    resume_from: Path | None = None,
+) -> TrainOutput:
+    """Train `model` on `source`.
+
+    Args:
+        model: trained in place.
+        source: yields each step's passes.
+        loss_fn: sum of the loss over a pass and its metrics.
+        config: steps, logging, saving, optimizer settings.
+        hooks: evaluation, saving, callbacks and the state that they see.
+        peak_learning_rate: `config.learning_rate`, or its default where that is None.
+        scale_loss: scale the loss for fp16.
+        resume_from: a committed checkpoint folder; the run continues bit for bit.
+
+    Raises:
+        NumericError: a loss or gradient is not finite. Nothing is saved then.
+    """
+    loop = _Loop(model, source, loss_fn, config, hooks, peak_learning_rate, scale_loss)
+    if resume_from is not None:
+        loop.restore(resume_from)
+    return loop.run()
+
+
+class _Loop:
+    def __init__(
+        self,
+        model: nn.Module,
+        source: Source,
+        loss_fn: LossFn,
+        config: TrainingConfig,
+        hooks: Hooks,
+        peak_learning_rate: float,
+        scale_loss: bool,
+    ) -> None:
+        self.model, self.source, self.loss_fn = model, source, loss_fn
+        self.config, self.hooks, self.state = config, hooks, hooks.state
+        self.peak = peak_learning_rate
+        self.optimizer = Optimizer(model, config, scale_loss)
+        self.averages, self.control = Averages(), TrainerControl()
+        self.state.max_steps = total_steps(config, source)
+        self.state.is_world_process_zero = distributed.is_main()
+        self.loss_sum, self.started = 0.0, time.perf_counter()
+        self.window_tokens, self.window_start = 0, self.started
+        self.last_saved, self.resumed = -1, False
+        self.device = next(model.parameters()).device
+
+    def run(self) -> TrainOutput:
+        state, first = self.state, self.state.global_step
+        self._call("on_train_begin")
+        with self._open_log(first) as self.metrics_log, self._open_progress(first) as self.progress:
+            while state.global_step < state.max_steps and not self.control.should_training_stop:
+                self._step()
+                self._after_step()
+            self._finish()
+        self._call("on_train_end")
+        return self._output(first)
+
+    def _open_log(self, first: int) -> AbstractContextManager[MetricsLog | None]:
+        """The main process writes metrics.jsonl; the others have none."""
+        if not distributed.is_main():
+            return nullcontext()
+        resumed = first if self.resumed else None
+        return MetricsLog(self.config.output_dir, self.config.report_to, resumed)
+
+    def _open_progress(self, first: int) -> AbstractContextManager[Progress | None]:
+        if not distributed.is_main():
+            return nullcontext()
+        bar = not self.config.disable_tqdm
+        return Progress(self.state.max_steps, self.hooks.description, start=first, bar=bar)
+
+    def _step(self) -> None:
+        """One optimizer step over all of its passes."""
+        self._call("on_step_begin")
+        step = self.state.global_step
+        passes = self.source.passes(step)
+        normaliser = distributed.all_reduce_sum(sum(p.weight for p in passes))
+        step_loss: Tensor | float = 0.0
+        self.model.train()
+        for one in passes:
+            loss, metrics = self.loss_fn(self.model, one.batch)
+            # Dividing by the global count before summing makes the gradient that of the mean
+            # over the whole step, however it was cut into passes and ranks.
+            loss = loss / max(normaliser, 1e-12)
+            self.optimizer.backward(loss)
+            step_loss = step_loss + loss.detach()
+            self.averages.add(metrics)
+        rate = learning_rate(self.config, self.peak, step, self.state.max_steps)
+        norm = float(self.optimizer.step(rate))
+        loss_value = float(distributed.all_reduce_sum(step_loss))
+        self._check_finite(step, loss_value, norm)
+        self.averages.add(self.source.metrics())
+        self.averages.add({"loss": (loss_value, 1), "grad_norm": (norm, 1)})
+        self.loss_sum += loss_value
+        tokens = int(distributed.all_reduce_sum(sum(p.tokens for p in passes)))
+        self.state.num_input_tokens_seen += tokens
+        self.window_tokens += tokens
+        self.rate = rate
+        self.state.global_step += 1
+        self.state.epoch = self.state.global_step / self.source.steps_per_epoch
+        if self.progress is not None:
+            self.progress.update(self.state.global_step, tokens)
+        self._call("on_step_end")
+
+    def _check_finite(self, step: int, loss: float, norm: float) -> None:
+        overflow = self.optimizer.scaler.is_enabled() and math.isfinite(loss)
+        if math.isfinite(norm) and math.isfinite(loss):
+            return
+        if overflow:
+            _log.info("step %d: fp16 gradients overflowed, step skipped, scale lowered", step + 1)
+            return
+        raise NumericError(
+            f"step {step + 1}: loss {loss}, gradient norm {norm}. The weights were not changed and "
+            "nothing was saved; try a lower learning rate or dtype fp32"
+        )
+
+    def _after_step(self) -> None:
+        if self.state.global_step % self.config.logging_steps == 0 or self.control.should_log:
+            self._log_line()
+        if self._due("eval") or self.control.should_evaluate:
+            self.evaluate()
+        if self._due("save") or self.control.should_save:
+            self.save()
+        control = self.control
+        control.should_log = control.should_evaluate = control.should_save = False
+
+    def _due(self, kind: str) -> bool:
+        """Whether `eval_strategy` or `save_strategy` asks for it after this step."""
+        strategy, step = getattr(self.config, f"{kind}_strategy"), self.state.global_step
+        if kind == "eval" and self.hooks.evaluate is None:
+            return False
+        if strategy == "epoch":
+            return step % self.source.steps_per_epoch == 0
+        every = getattr(self.config, f"{kind}_steps") or self.config.logging_steps
+        return strategy == "steps" and step % every == 0
+
+    def _finish(self) -> None:
+        if self.state.global_step % self.config.logging_steps:
+            self._log_line()
+        if self.hooks.evaluate is not None and not self._due("eval"):
+            self.evaluate()
+        if self.config.save_strategy != "no" and self.last_saved != self.state.global_step:
+            self.save()
+
+    def _log_line(self) -> None:
+        now = time.perf_counter()
+        line = self.averages.pop()
+        line |= {
+            "learning_rate": self.rate,
+            "epoch": self.state.epoch,
+            "num_tokens": self.state.num_input_tokens_seen,
+        }
+        speed = self.window_tokens / max(now - self.window_start, 1e-9)
+        self.window_tokens, self.window_start = 0, now
+        self.log(line, tokens_per_second=speed)
+        if self.progress is not None:
+            shown = {name: line[name] for name in self.hooks.shown if name in line}
+            self.progress.update(self.state.global_step, **shown)
+
+    def log(self, line: dict[str, float], **timing: float) -> None:
+        """Record a line; timings go to the file but not into the comparable history."""
+        step = self.state.global_step
+        self.state.log_history.append({"step": step, **line})
+        if self.metrics_log is not None:
+            self.metrics_log.log(step, {**line, **timing})
+        self._call("on_log", logs=line)
+
+    def evaluate(self) -> dict[str, float]:
+        assert self.hooks.evaluate is not None
+        metrics = self.hooks.evaluate()
+        self.log(metrics)
+        self._call("on_evaluate", metrics=metrics)
+        self.window_start = time.perf_counter()
+        return metrics
+
+    def save(self) -> None:
+        """Commit `checkpoint-N` with everything that resuming needs."""
+        tensors, source_state = self.source.state()
+        tensors = {f"source.{name}": t for name, t in tensors.items()}
+        named = self.optimizer.named_parameters
+        tensors |= snapshot.optimizer_tensors(self.optimizer.adamw, named)
+        random_tensors, random_state = snapshot.random_state(self.device)
+        state = {
+            "trainer": vars(self.state),
+            "averages": self.averages.state(),
+            "scaler": self.optimizer.scaler.state_dict(),
+            "loss_sum": self.loss_sum,
+        }
+        checkpoint.save_checkpoint(
+            Path(self.config.output_dir),
+            self.state.global_step,
+            self.hooks.save_model,
+            tensors,
+            state,
+            rank_tensors=random_tensors,
+            rank_state={"source": source_state, **random_state},
+            save_total_limit=self.config.save_total_limit,
+        )
+        self.last_saved = self.state.global_step
+        self._call("on_save")
+        self.window_start = time.perf_counter()
+
+    def restore(self, folder: Path) -> None:
+        """Continue from a checkpoint; the model's weights were loaded by the trainer."""
+        tensors, state = checkpoint.load_checkpoint(folder)
+        named = self.optimizer.named_parameters
+        snapshot.restore_optimizer(self.optimizer.adamw, named, tensors)
+        snapshot.restore_random_state(tensors, state, self.device)
+        self.optimizer.scaler.load_state_dict(state["scaler"])
+        self.averages.restore(state["averages"])
+        self.loss_sum = state["loss_sum"]
+        max_steps = self.state.max_steps
+        vars(self.state).update(state["trainer"], max_steps=max_steps)
+        source = {n.removeprefix("source."): t for n, t in tensors.items() if n.startswith("source.")}
+        self.source.restore(source, state["source"])
+        self.last_saved, self.resumed = self.state.global_step, True
+        _log.info("resumed at step %d from %s", self.state.global_step, folder)
+
+    def _call(self, event: str, **extra: Any) -> None:
+        self.hooks.callbacks.call(event, self.state, self.control, model=self.model, **extra)
+
+    def _output(self, first: int) -> TrainOutput:
+        seconds = time.perf_counter() - self.started
+        steps = self.state.global_step
+        loss = self.loss_sum / max(1, steps)
+        metrics = {
+            "train_runtime": seconds,
+            "train_steps_per_second": (steps - first) / seconds,
+            "train_loss": loss,
+        }
+        return TrainOutput(steps, loss, metrics)
+
+
+def total_steps(config: TrainingConfig, source: Source) -> int:
+    """Optimizer steps of a run."""
+    if config.max_steps > 0:
+        return config.max_steps
+    return math.ceil(config.num_train_epochs * source.steps_per_epoch)
+
+
+def pick_device(config: TrainingConfig) -> torch.device:
+    """The device a config asks for; auto is CUDA, then MPS, then the CPU.
+
+    Raises:
+        ValueError: a device that this machine does not have.
+    """
+    if config.use_cpu:
+        return torch.device("cpu")
+    if config.device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", distributed.local_rank())
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    device = torch.device(config.device)
+    available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    if not available.get(device.type, lambda: True)():
+        raise ValueError(f"device {config.device!r} was requested, but this machine has none")
+    return device
+
+
+def pick_dtype(config: TrainingConfig, device: torch.device) -> torch.dtype:
+    """The dtype of a step's arithmetic; see `TrainingConfig.dtype`."""
+    name = "fp16" if config.fp16 else "bf16" if config.bf16 else config.dtype
+    if name == "auto":
+        natural = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        name = "bf16" if natural and config.bf16 is not False else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]

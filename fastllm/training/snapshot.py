@@ -1,0 +1,101 @@
+"""Optimizer and random state as tensors and JSON values, and back."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+_OPTIMIZER = "optimizer/"
+_RANDOM = "random/"
+
+
+def optimizer_tensors(
+    optimizer: Optimizer, named_parameters: Iterable[tuple[str, nn.Parameter]]
+) -> dict[str, Tensor]:
+    """An optimizer's state by parameter name: `optimizer/<name>/<key>`, for example `exp_avg`.
+
+    Learning rates and other settings are not in it: the trainer's own configuration has them.
+    """
+    state: dict[str, Tensor] = {}
+    for name, parameter in named_parameters:
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if not isinstance(value, Tensor):
+                raise ValueError(f"optimizer state {key!r} of {name} is no tensor: {value!r}")
+            state[f"{_OPTIMIZER}{name}/{key}"] = value
+    return state
+
+
+def restore_optimizer(
+    optimizer: Optimizer,
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Put back what `optimizer_tensors` gave; other tensors are left alone.
+
+    Raises:
+        ValueError: state of a parameter that is not there, or in another shape.
+    """
+    parameters = dict(named_parameters)
+    fused = {
+        id(p) for group in optimizer.param_groups for p in group["params"] if _on_device(group)
+    }
+    optimizer.state.clear()
+    for full_name, value in tensors.items():
+        if not full_name.startswith(_OPTIMIZER):
+            continue
+        name, _, key = full_name.removeprefix(_OPTIMIZER).rpartition("/")
+        if name not in parameters:
+            raise ValueError(f"optimizer state of {name!r}, which the model does not train")
+        parameter = parameters[name]
+        if value.dim() and value.shape != parameter.shape:
+            raise ValueError(
+                f"optimizer state {key} of {name}: expected shape {list(parameter.shape)}, "
+                f"found {list(value.shape)}"
+            )
+        # The count of steps stays on the CPU, unless the optimizer's kernel reads it itself.
+        on_cpu = key == "step" and id(parameter) not in fused
+        device = torch.device("cpu") if on_cpu else parameter.device
+        optimizer.state[parameter][key] = value.to(device, copy=True)
+
+
+def random_state(device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state of every default random generator: torch's on the CPU and on `device`, Python's,
+    and NumPy's where it is loaded (a reward function may draw from it)."""
+    tensors = {f"{_RANDOM}cpu": torch.get_rng_state()}
+    kind = torch.device(device).type
+    if kind != "cpu":
+        tensors[f"{_RANDOM}{kind}"] = getattr(torch, kind).get_rng_state()
+    version, words, spare = random.getstate()
+    state: dict[str, Any] = {"random": {"python": [version, list(words), spare]}}
+    if "numpy" in sys.modules:
+        name, keys, *rest = sys.modules["numpy"].random.get_state()
+        state["random"]["numpy"] = [name, keys.tolist(), *rest]
+    return tensors, state
+
+
+def restore_random_state(
+    tensors: Mapping[str, Tensor], state: Mapping[str, Any], device: torch.device | str = "cpu"
+) -> None:
+    """Put back what `random_state` gave.
+
+    A generator that the checkpoint knows nothing of, on another kind of device than the run
+    began on, stays as it is.
+    """
+    torch.set_rng_state(tensors[f"{_RANDOM}cpu"])
+    kind = torch.device(device).type
+    if f"{_RANDOM}{kind}" in tensors and kind != "cpu":
+        getattr(torch, kind).set_rng_state(tensors[f"{_RANDOM}{kind}"])
+    version, words, spare = state["random"]["python"]
+    random.setstate((version, tuple(words), spare))
+    if "numpy" in state["random"] and "numpy" in sys.modules:
+        sys.modules["numpy"].random.set_state(tuple(state["random"]["numpy"]))
+
+
+def _on_device(group: Mapping[str, Any]) -> bool:
+    return bool(group.get("capturable") or group.get("fused"))

@@ -1,0 +1,255 @@
+"""What the three trainers share: model, tokenizer, device, the run folder, TRL's methods."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..data.errors import DataError
+from ..model import weights
+from ..model.config import ModelConfig
+from ..model.lora import LoraConfig, add_lora
+from . import checkpoint, distributed, loop
+from .averages import Averages, Metric
+from .callbacks import Callbacks, TrainerState
+from .config import SCRATCH_LEARNING_RATE, TrainingConfig
+from .loop import Hooks, Pass, Source, TrainOutput
+from .start import as_tokenizer
+
+_log = logging.getLogger("fastllm")
+
+
+class Trainer:
+    """Base of SFTTrainer, RewardTrainer and GRPOTrainer.
+
+    A subclass encodes its data, yields a `Source` and defines the loss of one pass.
+    """
+
+    config_class: ClassVar[type[TrainingConfig]]
+    model_class: ClassVar[type[nn.Module]]
+
+    def __init__(
+        self,
+        model: str | Path | nn.Module | ModelConfig,
+        args: TrainingConfig | None,
+        processing_class: Any,
+        callbacks: Iterable[Any] | None,
+        peft_config: Any,
+    ) -> None:
+        self.args = args if args is not None else self.config_class()
+        if not isinstance(self.args, self.config_class):
+            raise ValueError(
+                f"args: expected {self.config_class.__name__}, found {type(self.args).__name__}"
+            )
+        self.device = loop.pick_device(self.args)
+        distributed.start(self.device)
+        self.dtype = loop.pick_dtype(self.args, self.device)
+        self.callbacks = Callbacks(callbacks, self.args)
+        self.state = TrainerState()
+        self.from_scratch = isinstance(model, ModelConfig)
+        self.base_path = str(model) if isinstance(model, str | Path) else None
+        self.model = self._load(model)
+        self.processing_class = as_tokenizer(processing_class, self.base_path)
+        self._check_tokenizer()
+        if peft_config is not None:
+            self._add_adapter(LoraConfig.from_peft(peft_config))
+        self._prepare_model()
+
+    # -- what a subclass defines ---------------------------------------------------------------
+
+    def source(self) -> Source:
+        """Where the batches of training come from."""
+        raise NotImplementedError
+
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Metric]]:
+        """Sum of the loss over a pass, and metrics as (sum, weight)."""
+        raise NotImplementedError
+
+    def evaluation_passes(self) -> list[Pass] | None:
+        """Held-out passes, or None when there are no held-out data."""
+        raise NotImplementedError
+
+    # -- Transformers' methods -----------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None) -> TrainOutput:
+        """Train, and leave the final model in `args.output_dir`.
+
+        Args:
+            resume_from_checkpoint: True or "auto" for the newest good checkpoint of the run
+                folder, or a checkpoint folder. None or "never" starts afresh.
+
+        Raises:
+            ValueError: the run folder holds checkpoints and neither resuming nor
+                `overwrite_output_dir` was asked for.
+        """
+        resume = self._resume_folder(resume_from_checkpoint)
+        if resume is not None:
+            saved = weights.load_model(resume, self.model_class)
+            self.model.load_state_dict(saved.state_dict())
+        self._write_run_file()
+        hooks = Hooks(
+            evaluate=None if self.evaluation_passes() is None else self.evaluate,
+            save_model=self.save_model,
+            callbacks=self.callbacks,
+            state=self.state,
+        )
+        output = loop.fit(
+            self.model,
+            self.source(),
+            self.loss,
+            self.args,
+            hooks,
+            peak_learning_rate=self.learning_rate,
+            scale_loss=self.dtype is torch.float16,
+            resume_from=resume,
+        )
+        if distributed.is_main():
+            self.save_model(Path(self.args.output_dir))
+        distributed.barrier()
+        return output
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Mean loss and metrics over the held-out data, with the prefix `eval_`."""
+        passes = self.evaluation_passes()
+        if passes is None:
+            raise ValueError("evaluate: there are no held-out data (eval_dataset, eval_fraction)")
+        self.model.eval()
+        averages = Averages()
+        for one in passes:
+            total, metrics = self.loss(self.model, one.batch)
+            averages.add({"loss": (total, one.weight), **metrics})
+        return {f"eval_{name}": value for name, value in averages.pop().items()}
+
+    def save_model(self, output_dir: str | Path | None = None) -> None:
+        """Write the model (or its adapter) and the tokenizer as a Hugging Face folder."""
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        if hasattr(self.model, "lora_config"):
+            weights.save_adapter(self.model, folder, self.base_path)
+        else:
+            weights.save_model(self.model, folder)
+        self.processing_class.save_pretrained(folder)
+
+    def add_callback(self, callback: Any) -> None:
+        self.callbacks.add(callback)
+
+    # -- set-up --------------------------------------------------------------------------------
+
+    @property
+    def learning_rate(self) -> float:
+        """The peak learning rate, with the default for this kind of start."""
+        if self.args.learning_rate is not None:
+            return self.args.learning_rate
+        if self.from_scratch:
+            return SCRATCH_LEARNING_RATE
+        return self.args.pretrained_learning_rate()
+
+    def _load(self, model: str | Path | nn.Module | ModelConfig) -> nn.Module:
+        if isinstance(model, ModelConfig):
+            torch.manual_seed(self.args.seed)
+            return self.model_class(model)
+        if isinstance(model, str | Path):
+            return self._from_path(model)
+        if isinstance(model, self.model_class):
+            return model
+        return weights.from_transformers(model, self.model_class)
+
+    def _from_path(self, path: str | Path) -> nn.Module:
+        return weights.load_model(path, self.model_class)
+
+    def _check_tokenizer(self) -> None:
+        rows = self.model.config.vocab_size
+        if self.processing_class.vocab_size > rows:
+            raise DataError(
+                f"vocabulary mismatch: the tokenizer has {self.processing_class.vocab_size:,} "
+                f"tokens, the model's embedding table {rows:,} rows"
+            )
+
+    def _add_adapter(self, config: LoraConfig) -> None:
+        if self.base_path is None:
+            raise ValueError(
+                "LoRA adapts a pretrained model: give `model` as a path, so that the adapter can "
+                "name its base"
+            )
+        torch.manual_seed(self.args.seed)
+        add_lora(self.model, config)
+
+    def _prepare_model(self) -> None:
+        """Weights in fp32 on the device; the arithmetic takes `dtype`."""
+        self.model.to(device=self.device, dtype=torch.float32)
+        self.model.model.compute_dtype = self.dtype
+        self.model.model.gradient_checkpointing = self.args.gradient_checkpointing
+
+    def _resume_folder(self, resume: str | Path | bool | None) -> Path | None:
+        run = Path(self.args.output_dir)
+        checkpoint.clean_stale(run)
+        if resume in (None, False, "never"):
+            existing = checkpoint.checkpoints(run)
+            if existing and not self.args.overwrite_output_dir:
+                raise ValueError(
+                    f"{run} holds checkpoints of an earlier run (newest: {existing[0].name}); "
+                    "resume it, set overwrite_output_dir, or choose another folder"
+                )
+            for folder in existing:
+                shutil.rmtree(folder)
+            return None
+        if resume in (True, "auto"):
+            return checkpoint.latest_checkpoint(run)
+        return Path(str(resume))
+
+    def _write_run_file(self) -> None:
+        """`run.json`: the settings as resolved, so that a run can be understood and repeated."""
+        if not distributed.is_main():
+            return
+        run = Path(self.args.output_dir)
+        run.mkdir(parents=True, exist_ok=True)
+        content = {
+            "trainer": type(self).__name__,
+            "model": self.base_path or "from scratch",
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "tokenizer": self.processing_class.description,
+            "device": str(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "learning_rate": self.learning_rate,
+            "torch": torch.__version__,
+            "config": vars(self.args),
+        }
+        (run / "run.json").write_text(json.dumps(content, indent=2, default=str) + "\n")
+
+
+def split_by_prompt(
+    records: list[Any], fraction: float, seed: int, key: Callable[[Any], str]
+) -> tuple[list[Any], list[Any]]:
+    """Training and held-out records; records with one prompt stay on one side.
+
+    Args:
+        records: all records.
+        fraction: part to hold out; at least one prompt when above 0.
+        seed: of the choice.
+        key: the prompt of a record.
+    """
+    prompts = sorted({key(record) for record in records})
+    if len(prompts) < 2:
+        raise DataError(
+            f"eval_fraction {fraction}: the records share one prompt, nothing can be held out; "
+            "give evaluation data or set eval_fraction to 0"
+        )
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed)).tolist()
+    count = min(max(1, round(fraction * len(prompts))), len(prompts) - 1)
+    held = {prompts[i] for i in order[:count]}
+    train = [record for record in records if key(record) not in held]
+    return train, [record for record in records if key(record) in held]
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """A copy that nothing trains: the reference of a policy."""
+    return copy.deepcopy(model).requires_grad_(False).eval()

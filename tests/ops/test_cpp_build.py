@@ -1,0 +1,212 @@
+"""The C++ extension as a library: what it was built for, how it is chosen, what it registers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastllm.layout import PackedLayout
+from fastllm.ops import cpp
+
+ROOT = Path(__file__).resolve().parents[2]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+pytestmark = [
+    pytest.mark.reference,
+    pytest.mark.skipif(not cpp.available(), reason=cpp.reason()),
+]
+
+# Every kind of arithmetic that the instruction sets do differently: conversions of all bf16 and
+# fp16 numbers, exp and tanh, tails of vectors, and the matrix products of attention.
+CHECK_ONE_LEVEL = """
+import torch
+from fastllm.layout import PackedLayout
+from fastllm.ops import (attention, linear_logprob, rms_norm, swiglu, use_backend,
+                         attention_reference, linear_logprob_reference, rms_norm_reference,
+                         swiglu_reference)
+from fastllm.ops import cpp
+
+torch.manual_seed(0)
+
+def compare(op, reference, *inputs, **options):
+    leaves = [t.clone().requires_grad_(t.is_floating_point()) for t in inputs]
+    wide = [t.detach().double().requires_grad_() if t.is_floating_point() else t for t in inputs]
+    with use_backend("cpp"):
+        found = op(*leaves, **options)
+    expected = reference(*wide, **options)
+    gradient = torch.randn(expected.shape)
+    found.backward(gradient)
+    expected.backward(gradient.double())
+    for a, b in [(found, expected), *((x.grad, y.grad) for x, y in zip(leaves, wide))]:
+        if a is not None:
+            torch.testing.assert_close(a.double(), b, atol=2e-5, rtol=2e-5)
+
+for dtype in (torch.bfloat16, torch.float16):
+    every = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype)
+    cos, sin = torch.ones(1, 1), torch.zeros(1, 1)
+    same, _ = cpp.rope.forward(every.view(1, -1, 2), every.view(1, -1, 2), cos, sin,
+                               torch.zeros(1, dtype=torch.int32), False)
+    finite = every.isfinite()
+    assert torch.equal(same.flatten()[finite], every[finite]), dtype
+    wide = torch.randn(5000, dtype=torch.float64) * torch.logspace(-9, 6, 5000, dtype=torch.float64)
+    x = wide.float()
+    gate = torch.full_like(x, 100.0).to(dtype)
+    product = cpp.swiglu.forward(gate, x.to(dtype))
+    assert torch.equal(product, (gate.float() * x.to(dtype).float()).to(dtype)), dtype
+
+compare(rms_norm, rms_norm_reference, torch.randn(5, 77), torch.randn(77))
+compare(swiglu, swiglu_reference, torch.randn(3, 1001) * 20, torch.randn(3, 1001))
+compare(linear_logprob, linear_logprob_reference, torch.randn(9, 16), torch.randn(1500, 16),
+        torch.arange(9), softcap=3.0)
+layout = PackedLayout([70, 3, 90, 1], [-1, 0, 0, -1])
+for head_size in (2, 20, 64):
+    compare(lambda q, k, v: attention(q, k, v, layout, window=50),
+            lambda q, k, v: attention_reference(q, k, v, layout, window=50),
+            torch.randn(164, 6, head_size), torch.randn(164, 2, head_size),
+            torch.randn(164, 2, head_size))
+print(cpp.isa())
+"""
+
+
+def run(code: str, isa: str) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ,
+        "FASTLLM_ISA": isa,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
+    environment.pop("FASTLLM_BACKEND", None)
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT
+    )
+
+
+def built() -> list[str]:
+    from fastllm import _C
+
+    return _C.isa_levels()
+
+
+def test_reason_names_what_runs():
+    assert cpp.isa() in built()
+    assert built()[0] == "baseline"
+    assert cpp.reason().endswith(f"running {cpp.isa()}")
+
+
+@pytest.mark.parametrize("isa", built() if cpp.available() else [])
+def test_every_instruction_set_is_right(isa):
+    found = run(CHECK_ONE_LEVEL, isa)
+    if "expected one that this CPU supports" in found.stderr:
+        pytest.skip(f"this CPU has no {isa}")
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.strip() == isa
+
+
+def test_unknown_instruction_set():
+    found = run("from fastllm.ops import cpp; print(cpp.available(), cpp.reason())", "sse9")
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.startswith("False C++ extension is broken: FASTLLM_ISA: expected one that")
+    assert "found 'sse9'" in found.stdout
+    assert "RuntimeWarning" in found.stderr
+
+
+def test_wrong_arguments_are_named():
+    x = torch.randn(3, 8)
+    with pytest.raises(
+        RuntimeError, match=r"rms_norm_forward: weight must be float32 \[8\], found"
+    ):
+        cpp.rms_norm.forward(x, torch.ones(7), 1e-6, None)
+    with pytest.raises(RuntimeError, match=r"swiglu_forward: up must be contiguous"):
+        cpp.swiglu.forward(torch.randn(4, 4), torch.randn(4, 4).t())
+    with pytest.raises(RuntimeError, match=r"must be float32, bfloat16 or float16, found float64"):
+        cpp.swiglu.forward(x.double(), x.double())
+    with pytest.raises(RuntimeError, match=r"targets must lie in 0..7, found 8 in row 1"):
+        cpp.linear_logprob.forward(x, torch.tensor([0, 8, 1]), 1.0, 0.0)
+    with pytest.raises(RuntimeError, match=r"positions must lie in 0..1, found -1 at token 2"):
+        table = torch.zeros(2, 4)
+        positions = torch.tensor([0, 1, -1], dtype=torch.int32)
+        cpp.rope.forward(x.view(3, 1, 8), x.view(3, 1, 8), table, table, positions, False)
+    with pytest.raises(
+        RuntimeError, match=r"attention_forward: 3 query heads do not divide over 2"
+    ):
+        k = torch.randn(2, 2, 4)
+        cpp.attention.forward(torch.randn(2, 3, 4), k, k, PackedLayout([2]), 1.0, 0)
+
+
+def operators() -> list[tuple[str, tuple[object, ...]]]:
+    """Every registered op with arguments that it takes."""
+    x, weight, rstd = torch.randn(6, 8), torch.randn(8), torch.rand(6)
+    logits, targets, per_row = torch.randn(6, 20), torch.arange(6), torch.randn(6)
+    layout = PackedLayout([3, 2, 1], [-1, 0, 0])
+    q, k = torch.randn(6, 4, 8), torch.randn(6, 2, 8)
+    packed = (
+        layout.starts,
+        layout.prefix,
+        layout.positions,
+        layout.query_rows,
+        layout.query_starts,
+    )
+    lse, table = torch.randn(6, 4), torch.randn(6, 4)
+    index = torch.tensor([0, 1], dtype=torch.int32)
+    tail, prompts = torch.randn(2, 5, 2, 8), torch.tensor([0, 2, 6], dtype=torch.int32)
+    children = (layout.children_starts, layout.children)
+    return [
+        ("rms_norm_forward", (x, weight, 1e-6, None)),
+        ("rms_norm_forward", (x, weight, 1e-6, x.clone())),
+        ("rms_norm_backward", (x, None, x.clone(), weight, rstd, True)),
+        ("rms_norm_backward", (x, x.clone(), x.clone(), weight, rstd, False)),
+        ("rope_forward", (q, k, table, table.clone(), layout.positions, False)),
+        ("swiglu_forward", (x, x.clone())),
+        ("swiglu_backward", (x, x.clone(), x.clone())),
+        ("attention_forward", (q, k, k.clone(), *packed, 0.3, 0)),
+        (
+            "attention_backward",
+            (q, q.clone(), k, k.clone(), q.clone(), lse, *packed, *children, 0.3, 2),
+        ),
+        (
+            "decode_attention_forward",
+            (q[:2], k, k.clone(), prompts, index, tail, tail.clone(), index, index + 1, 0.3, 0),
+        ),
+        ("linear_logprob_forward", (logits, targets, 1.0, 0.0)),
+        (
+            "linear_logprob_backward_",
+            (logits, targets, rstd, per_row, per_row.clone(), per_row.clone(), 1.0, 0.0),
+        ),
+        ("pairwise_loss_forward", (per_row, per_row.clone(), None, 0.1)),
+    ]
+
+
+@pytest.mark.parametrize("case", range(13))
+def test_operators_are_registered_right(case):
+    name, arguments = operators()[case]
+    operator = getattr(torch.ops.fastllm, name).default
+    results = torch.library.opcheck(operator, arguments)
+    assert set(results.values()) == {"SUCCESS"}, results
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threads_do_not_change_the_numbers(dtype):
+    layout = PackedLayout([50, 7, 90, 33], [-1, 0, 0, -1])
+    q, k, v = (torch.randn(180, heads, 24, dtype=dtype) for heads in (4, 2, 2))
+    weight, x = torch.randn(512, dtype=dtype), torch.randn(180, 512, dtype=dtype)
+
+    def everything() -> list[torch.Tensor]:
+        out, lse = cpp.attention.forward(q, k, v, layout, 0.2, 0)
+        y, _, rstd = cpp.rms_norm.forward(x, weight, 1e-6, None)
+        gradients = cpp.attention.backward(q, q, k, v, out, lse, layout, 0.2, 0)
+        return [out, lse, *gradients, y, *cpp.rms_norm.backward(y, None, x, weight, rstd, True)]
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = everything()
+        torch.set_num_threads(3)
+        for _ in range(3):
+            assert all(map(torch.equal, everything(), expected))
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastllm.layout import PackedLayout
+from fastllm.ops import rope
+from fastllm.ops.rope import rope_reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def tables(positions, head_dim):
+    inverse_frequency = 10000.0 ** (-torch.arange(0, head_dim, 2) / head_dim)
+    angles = torch.arange(positions)[:, None] * inverse_frequency
+    return {"cos": angles.cos(), "sin": angles.sin()}
+
+
+def inputs(tokens, heads, key_heads, head_dim):
+    return {
+        "q": torch.randn(tokens, heads, head_dim),
+        "k": torch.randn(tokens, key_heads, head_dim),
+    }
+
+
+def rotated(x, cos, sin):
+    """The other common way to write it: multiplication of complex numbers, in fp64."""
+    a, b = x.double().chunk(2, dim=-1)
+    turned = torch.complex(a, b) * torch.complex(cos.double(), sin.double())[:, None]
+    return torch.cat((turned.real, turned.imag), dim=-1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("heads", "key_heads", "head_dim"),
+    [(1, 1, 2), (2, 1, 8), (4, 2, 20), (4, 4, 32), (4, 1, 64), (3, 3, 80), (2, 2, 130)],
+)
+@pytest.mark.parametrize("tokens", [1, 7, pytest.param(130, marks=pytest.mark.large)])
+def test_outputs_and_gradients(matches_reference, tokens, heads, key_heads, head_dim, dtype):
+    matches_reference(
+        rope,
+        rope_reference,
+        inputs(tokens, heads, key_heads, head_dim),
+        dtype,
+        constants=tables(tokens + 3, head_dim),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_positions_in_any_order(matches_reference, dtype):
+    positions = torch.tensor([4, 0, 0, 9, 1, 9], dtype=dtype)
+    matches_reference(
+        rope,
+        rope_reference,
+        inputs(6, 2, 1, 8),
+        constants={**tables(10, 8), "positions": positions},
+    )
+
+
+@pytest.mark.parametrize(
+    ("strides", "grad_strides"),
+    [
+        ("every_other_row", "contiguous"),
+        ("every_other_column", "transposed"),
+        ("transposed", "expanded"),
+        ("inside", "every_other_row"),
+        ("expanded", "every_other_column"),
+    ],
+)
+def test_strided_tensors(matches_reference, strides, grad_strides):
+    matches_reference(
+        rope,
+        rope_reference,
+        inputs(5, 4, 2, 8),
+        constants=tables(5, 8),
+        strides=strides,
+        grad_strides=grad_strides,
+    )
+
+
+def test_strided_positions_and_tables(matches_reference):
+    wide = tables(10, 16)
+    matches_reference(
+        rope,
+        rope_reference,
+        inputs(5, 2, 2, 8),
+        constants={
+            "cos": wide["cos"][:, ::2],
+            "sin": wide["sin"][:, ::2],
+            "positions": torch.tensor([1, 0, 7, 0, 2, 0, 9, 0, 3, 0])[::2],
+        },
+    )
+
+
+def test_parts_of_one_projection(device):
+    """q and k are slices of the fused projection's output, and so are their gradients."""
+    fused = torch.randn(5, (4 + 2 + 2) * 8, device=device)
+    table = tables(5, 8)
+
+    def parts(projected):
+        heads = projected.view(5, 8, 8)
+        return heads[:, :4], heads[:, 4:6]
+
+    gradients = []
+    for function, dtype in ((rope, torch.float32), (rope_reference, torch.float64)):
+        leaf = fused.to(dtype, copy=True).requires_grad_()
+        q, k = function(*parts(leaf), *(t.to(device, dtype) for t in table.values()))
+        (q.square().sum() + 3 * k.sum()).backward()
+        gradients.append(leaf.grad.double())
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", [("q",), ("k",)])
+def test_frozen_inputs_get_no_gradient(matches_reference, frozen):
+    matches_reference(
+        rope, rope_reference, inputs(5, 2, 1, 8), constants=tables(5, 8), frozen=frozen
+    )
+
+
+@pytest.mark.parametrize("only_output", [0, 1], ids=["only q", "only k"])
+def test_gradient_of_one_output(matches_reference, only_output):
+    matches_reference(
+        rope, rope_reference, inputs(5, 2, 1, 8), constants=tables(5, 8), only_output=only_output
+    )
+
+
+def test_no_tokens(matches_reference):
+    matches_reference(rope, rope_reference, inputs(0, 2, 1, 8), constants=tables(4, 8))
+
+
+def test_equals_complex_multiplication(device):
+    given, table = inputs(9, 2, 1, 20), tables(9, 20)
+    found = rope(**{name: t.to(device) for name, t in (given | table).items()})
+    for x, turned in zip(given.values(), found, strict=True):
+        expected = rotated(x, table["cos"], table["sin"])
+        torch.testing.assert_close(turned.double().cpu(), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_scores_depend_on_distance_alone(device):
+    q, k = torch.randn(2, 1, 1, 32, device=device).unbind()
+    table = {name: t.to(device) for name, t in tables(50, 32).items()}
+
+    def score(query_position, key_position):
+        first = rope(q, k, **table, positions=torch.tensor([query_position], device=device))[0]
+        second = rope(q, k, **table, positions=torch.tensor([key_position], device=device))[1]
+        return (first * second).sum()
+
+    torch.testing.assert_close(score(12, 5), score(48, 41), atol=1e-4, rtol=1e-4)
+
+
+def test_packed_segments_start_again_at_their_prefix(device):
+    layout = PackedLayout([3, 2, 2], prefix=[-1, 0, 0], device=device)
+    q, k = (torch.randn(7, 2, 8, device=device) for _ in range(2))
+    table = {name: t.to(device) for name, t in tables(5, 8).items()}
+    packed = rope(q, k, **table, positions=layout.positions)
+    for rows in ([0, 1, 2, 3, 4], [0, 1, 2, 5, 6]):
+        alone = rope(q[rows], k[rows], **table)
+        assert torch.equal(packed[0][rows], alone[0])
+        assert torch.equal(packed[1][rows], alone[1])
+
+
+@pytest.mark.reference
+def test_reference_gradcheck():
+    q, k = (torch.randn(3, heads, 6, dtype=torch.float64, requires_grad=True) for heads in (2, 1))
+    table = {name: t.double() for name, t in tables(5, 6).items()}
+    positions = torch.tensor([4, 0, 2])
+    assert torch.autograd.gradcheck(
+        lambda q, k: rope_reference(q, k, **table, positions=positions), (q, k)
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": torch.zeros(4, 1, 8)}, r"k must be .*\[5, K, 8\]"),
+        ({"k": torch.zeros(5, 1, 6)}, r"k must be .*\[5, K, 8\]"),
+        ({"k": torch.zeros(5, 1, 8).half()}, "float32"),
+        ({"cos": torch.zeros(5, 8)}, r"\[P, 4\]"),
+        ({"sin": torch.zeros(4, 4)}, r"\[P, 4\]"),
+        ({"cos": torch.zeros(4, 4), "sin": torch.zeros(4, 4)}, "5 tokens.*4 positions"),
+        ({"positions": torch.zeros(4, dtype=torch.int64)}, r"integers \[5\]"),
+        ({"positions": torch.zeros(5)}, r"integers \[5\]"),
+    ],
+)
+def test_wrong_arguments(device, change, message):
+    given = inputs(5, 2, 1, 8) | tables(5, 8) | change
+    with pytest.raises(ValueError, match=message):
+        rope(**{name: t.to(device) for name, t in given.items()})
+
+
+def test_odd_head_size(device):
+    q = torch.zeros(2, 1, 7, device=device)
+    table = torch.zeros(2, 3, device=device)
+    with pytest.raises(ValueError, match=r"even.*7"):
+        rope(q, q, table, table)
