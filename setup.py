@@ -63,7 +63,7 @@ class NinjaBuild(build_ext):
             if os.environ.get("FASTLLM_REQUIRE_CPP") == "1":
                 raise SystemExit(f"fastllm: FASTLLM_REQUIRE_CPP=1, but {error}") from error
             self.extensions = []
-            self.announce(f"fastllm: no C++ kernels, PyTorch serves instead: {error}", level=4)
+            print(f"fastllm: no C++ kernels, PyTorch serves instead: {error}", file=sys.stderr)
 
     def build_extension(self, ext: Extension) -> None:
         if os.environ.get("FASTLLM_NO_CPP") == "1":

@@ -123,12 +123,13 @@ struct KeyGradientTile {
 
 // A tile of query rows, and what they hold against a tile of keys.
 struct QueryGradientTile {
-  alignas(64) float q[kRows * kMaxHeadSize];  // times the scale
+  alignas(64) float q[kRows * kMaxHeadSize];  // times the scale and log2(e), as the scores are
   alignas(64) float dout[kRows * kMaxHeadSize];
   alignas(64) float dq[kRows * kMaxHeadSize];
   alignas(64) float p[kRows * kKeys];
   alignas(64) float ds[kRows * kKeys];
-  float lse[kRows], delta[kRows];
+  float lse[kRows];  // times log2(e)
+  float delta[kRows];
   int64_t positions[kRows];
   Span spans[kRows];
   int rows;
@@ -140,13 +141,12 @@ struct QueryGradientTile {
     for (int r = 0; r < rows; ++r) {
       const int64_t head = source.head(first + r);
       const int64_t offset = head * a.head_size;
-      load_row(q + r * width, static_cast<const T*>(a.q) + offset, a.head_size, a.scale);
+      load_row(q + r * width, static_cast<const T*>(a.q) + offset, a.head_size, a.scale * kLog2E);
       load_row(dout + r * width, static_cast<const T*>(a.dout) + offset, a.head_size);
-      lse[r] = a.lse[head];
+      lse[r] = a.lse[head] * kLog2E;
       delta[r] = a.delta[head];
       positions[r] = source.position(first + r);
     }
-    clear(dq, rows * width);
   }
 
   void add_dq(const AttentionBackward& a, const QueryRows& source, int64_t first) const {
@@ -160,12 +160,12 @@ struct QueryGradientTile {
   }
 };
 
-// p = e^(score - lse) and ds = p (dp - delta) of a row, in place of its scores and dp.
+// p = 2^(score - lse) and ds = p (dp - delta) of a row, in place of its scores and dp.
 FASTLLM_INLINE void probabilities(float* p, float* ds, float lse, float delta, Span wide,
                                   Span row) {
   hide(p, wide, row, kHidden);
   for (int64_t i = wide.begin; i < wide.end; i += kLanes) {
-    const Vec probability = exp(load(p + i) - lse);
+    const Vec probability = exp2(load(p + i) - lse);
     store(p + i, probability);
     store(ds + i, probability * (load(ds + i) - delta));
   }
@@ -182,22 +182,22 @@ FASTLLM_INLINE void backward_rows(QueryGradientTile& queries, int first, int row
     if (row.begin < row.end) all = {smaller(all.begin, row.begin), larger(all.end, row.end)};
   }
   const Span wide = widened(all);
-  if (wide.begin >= wide.end) return;
+  float* dq = queries.dq + first * width;
+  if (wide.begin >= wide.end) return clear(dq, rows * width);
   const int columns = static_cast<int>(wide.end - wide.begin);
   float* p = queries.p + first * kKeys;
   float* ds = queries.ds + first * kKeys;
-  clear(p, rows * kKeys);
-  clear(ds, rows * kKeys);
-  multiply_add<kStored>(queries.q + first * width, width, keys.keys_transposed + wide.begin, kKeys,
-                        p + wide.begin, kKeys, rows, columns, depth);
-  multiply_add<kStored>(queries.dout + first * width, width, keys.values_transposed + wide.begin,
-                        kKeys, ds + wide.begin, kKeys, rows, columns, depth);
+  multiply<kStored, kReplace>(queries.q + first * width, width, keys.keys_transposed + wide.begin,
+                              kKeys, p + wide.begin, kKeys, rows, columns, depth);
+  multiply<kStored, kReplace>(queries.dout + first * width, width,
+                              keys.values_transposed + wide.begin, kKeys, ds + wide.begin, kKeys,
+                              rows, columns, depth);
   for (int r = 0; r < rows; ++r) {
     probabilities(p + r * kKeys, ds + r * kKeys, queries.lse[first + r], queries.delta[first + r],
                   wide, queries.spans[first + r]);
   }
-  multiply_add<kStored>(ds + wide.begin, kKeys, keys.keys + wide.begin * width, width,
-                        queries.dq + first * width, width, rows, width, columns);
+  multiply<kStored, kReplace>(ds + wide.begin, kKeys, keys.keys + wide.begin * width, width,
+                              dq, width, rows, width, columns);
 }
 
 // dk and dv of a tile of keys from a tile of queries. Rows are sorted by position: the rows that
@@ -212,10 +212,10 @@ void backward_keys(const QueryGradientTile& queries, KeyGradientTile& keys) {
     if (begin >= end) continue;
     const int rows = static_cast<int>(last - first);
     const int64_t corner = begin * kKeys + first;
-    multiply_add<kTransposed>(queries.p + corner, kKeys, queries.dout + begin * width, width,
-                              keys.dvalues + first * width, width, rows, width, end - begin);
-    multiply_add<kTransposed>(queries.ds + corner, kKeys, queries.q + begin * width, width,
-                              keys.dkeys + first * width, width, rows, width, end - begin);
+    multiply<kTransposed, kAdd>(queries.p + corner, kKeys, queries.dout + begin * width, width,
+                                keys.dvalues + first * width, width, rows, width, end - begin);
+    multiply<kTransposed, kAdd>(queries.ds + corner, kKeys, queries.q + begin * width, width,
+                                keys.dkeys + first * width, width, rows, width, end - begin);
   }
 }
 
@@ -238,10 +238,11 @@ void backward_segment(const AttentionBackward& a, const QueryRows& rows, KeyGrad
 }
 
 template <class T>
-void store_gradients(T* to, const float* from, int64_t stride, const KeyGradientTile& keys) {
+void store_gradients(T* to, int64_t stride, const float* from, const KeyGradientTile& keys,
+                     float factor) {
   for (int64_t row = 0; row < keys.count; ++row) {
     for_each_vector(keys.size, [&](int64_t i, auto lanes) {
-      store(to + row * stride + i, load(from + row * keys.width + i, lanes), lanes);
+      store(to + row * stride + i, load(from + row * keys.width + i, lanes) * factor, lanes);
     });
   }
 }
@@ -261,8 +262,8 @@ void backward_keys_of(const AttentionBackward& a, int32_t segment, int32_t key_h
       backward_segment<T>(a, QueryRows(a, *c, key_head), keys, queries);
     }
     const int64_t offset = (a.layout.starts[segment] + first) * run.stride + key_head * a.head_size;
-    store_gradients(static_cast<T*>(a.dk) + offset, keys.dkeys, run.stride, keys);
-    store_gradients(static_cast<T*>(a.dv) + offset, keys.dvalues, run.stride, keys);
+    store_gradients(static_cast<T*>(a.dk) + offset, run.stride, keys.dkeys, keys, kLn2);
+    store_gradients(static_cast<T*>(a.dv) + offset, run.stride, keys.dvalues, keys, 1.0f);
   }
 }
 

@@ -56,10 +56,14 @@ FASTLLM_INLINE void hide(float* scores, Span wide, Span row, float hidden) {
   for (int64_t i = larger(row.end, wide.begin); i < wide.end; ++i) scores[i] = hidden;
 }
 
+// Scores are kept times log2(e): powers of two are cheaper than powers of e.
+constexpr float kLog2E = 1.44269504088896341f;
+constexpr float kLn2 = 0.69314718055994531f;
+
 // Query rows with the softmax over the keys seen so far: out / weight, where out and weight are
-// relative to e^highest.
+// relative to 2^highest.
 struct QueryTile {
-  alignas(64) float q[kRows * kMaxHeadSize];  // times the scale
+  alignas(64) float q[kRows * kMaxHeadSize];  // times the scale and log2(e)
   alignas(64) float out[kRows * kMaxHeadSize];
   Vec weight[kRows];  // to be summed over its lanes
   float highest[kRows];
@@ -72,7 +76,7 @@ struct QueryTile {
 
   template <class T>
   void add_row(const T* query, int64_t position, float scale) {
-    load_row(q + rows * width, query, size, scale);
+    load_row(q + rows * width, query, size, scale * kLog2E);
     clear(out + rows * width, width);
     weight[rows] = Vec{};
     highest[rows] = kLowest;
@@ -89,18 +93,18 @@ struct QueryTile {
     for_each_vector(size, [&](int64_t i, auto lanes) {
       store(result + i, load(from + i, lanes) * share, lanes);
     });
-    return highest[row] + __builtin_logf(total);
+    return highest[row] * kLn2 + __builtin_logf(total);
   }
 };
 
-// Turns the scores of a row into e^(score - highest), after moving the row's sums to its new highest
+// Turns the scores of a row into 2^(score - highest), after moving the row's sums to its new highest
 // score.
 FASTLLM_INLINE void softmax_row(QueryTile& tile, int row, float* scores, int count) {
   Vec top = broadcast(tile.highest[row]);
   for (int i = 0; i < count; i += kLanes) top = max(load(scores + i), top);
   const float highest = largest(top);
   if (highest > tile.highest[row]) {
-    const Vec factor = exp(broadcast(tile.highest[row] - highest));
+    const Vec factor = exp2(broadcast(tile.highest[row] - highest));
     float* out = tile.out + row * tile.width;
     for (int i = 0; i < tile.width; i += kLanes) store(out + i, load(out + i) * factor);
     tile.weight[row] *= factor;
@@ -108,9 +112,9 @@ FASTLLM_INLINE void softmax_row(QueryTile& tile, int row, float* scores, int cou
   }
   Vec weight = tile.weight[row];
   for (int i = 0; i < count; i += kLanes) {
-    const Vec e = exp(load(scores + i) - highest);
-    store(scores + i, e);
-    weight += e;
+    const Vec power = exp2(load(scores + i) - highest);
+    store(scores + i, power);
+    weight += power;
   }
   tile.weight[row] = weight;
 }
@@ -136,17 +140,17 @@ FASTLLM_INLINE void attend_rows(QueryTile& tile, int first_row, int rows, const 
   const Span wide = widened(cover(positions, rows, window, first_key, count));
   if (wide.begin >= wide.end) return;
   const int columns = static_cast<int>(wide.end - wide.begin);
-  clear(scores, rows * kKeys);
-  multiply_add<kStored>(tile.q + first_row * tile.width, tile.width, keys.keys + wide.begin, kKeys,
-                        scores + wide.begin, kKeys, rows, columns, static_cast<int>(tile.size));
+  multiply<kStored, kReplace>(tile.q + first_row * tile.width, tile.width,
+                              keys.keys + wide.begin, kKeys, scores + wide.begin, kKeys, rows,
+                              columns, static_cast<int>(tile.size));
   for (int r = 0; r < rows; ++r) {
     float* row = scores + r * kKeys;
     hide(row, wide, seen(positions[r], window, first_key, count), kHidden);
     softmax_row(tile, first_row + r, row + wide.begin, columns);
   }
-  multiply_add<kStored>(scores + wide.begin, kKeys, keys.values + wide.begin * tile.width,
-                        tile.width, tile.out + first_row * tile.width, tile.width, rows,
-                        tile.width, columns);
+  multiply<kStored, kAdd>(scores + wide.begin, kKeys, keys.values + wide.begin * tile.width,
+                          tile.width, tile.out + first_row * tile.width, tile.width, rows,
+                          tile.width, columns);
 }
 
 // Adds a run of keys to rows [begin, end) of a tile; blocks that no row sees are not touched.

@@ -226,10 +226,25 @@ FASTLLM_INLINE float fold(V v, Combine combine) {
 FASTLLM_INLINE float sum(Vec v) { return fold<kLanes>(v, Add{}); }
 FASTLLM_INLINE float largest(Vec v) { return fold<kLanes>(v, Max{}); }
 
+constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+
+// 2^x to 2 units in the last place for x < 127; 0 below -126. With n = round(x), 2^x = 2^n 2^(x - n):
+// the second factor is a polynomial, the first is added to its exponent.
+FASTLLM_INLINE Vec exp2(Vec x) {
+  Vec shifted = x + kRounder;
+  Vec f = x - (shifted - kRounder);
+  Vec p = f * 1.3264727e-3f + 9.6715130e-3f;
+  p = p * f + 5.5507336e-2f;
+  p = p * f + 2.4022242e-1f;
+  p = p * f + 6.9314700e-1f;
+  p = p * f + 1.0f;
+  IntVec exponent = bit_cast<IntVec>(shifted) << 23;
+  return x < -126.0f ? Vec{} : bit_cast<Vec>(bit_cast<IntVec>(p) + exponent);
+}
+
 // e^x to 2 units in the last place; 0 below -87 and infinity above 88.7. With n = round(x / ln 2),
 // e^x = 2^n e^r, where r lies in +-ln(2)/2 and e^r is a polynomial.
 FASTLLM_INLINE Vec exp(Vec x) {
-  constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   Vec clamped = min(x, broadcast(89.0f));
   Vec shifted = clamped * 1.44269504088896341f + kRounder;
   Vec n = shifted - kRounder;

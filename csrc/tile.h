@@ -11,7 +11,7 @@ namespace {
 using fastllm::kMaxHeadSize;
 
 constexpr int kKeys = 64;   // keys per tile
-constexpr int kRows = 64;   // query rows per tile: one row is one head of one query
+constexpr int kRows = 96;   // query rows per tile: one row is one head of one query
 constexpr int kAlign = 16;  // spans of keys are widened to multiples of this (and of any vector)
 
 // Rows and vectors that a product keeps in registers: AVX-512 and NEON have 32 of them.
@@ -29,16 +29,20 @@ FASTLLM_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Is the left factor of a product stored as it is, or as its transpose?
 enum Left { kStored, kTransposed };
+// Does a product replace the result or add to it?
+enum Into { kReplace, kAdd };
 
-// c [rows, vectors * kLanes] += a [rows, depth] b [depth, ...], rows and vectors in registers.
-template <Left left, int rows, int vectors>
+// c [rows, vectors * kLanes] (+)= a [rows, depth] b [depth, ...], with c in registers.
+template <Left left, Into into, int rows, int vectors>
 FASTLLM_INLINE void multiply_block(const float* a, int a_stride, const float* b, int b_stride,
                                    float* c, int c_stride, int depth) {
   Vec sums[rows][vectors];
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) sums[r][v] = load(c + r * c_stride + v * kLanes);
+    for (int v = 0; v < vectors; ++v) {
+      sums[r][v] = into == kAdd ? load(c + r * c_stride + v * kLanes) : Vec{};
+    }
   }
   for (int d = 0; d < depth; ++d) {
     Vec right[vectors];
@@ -58,26 +62,26 @@ FASTLLM_INLINE void multiply_block(const float* a, int a_stride, const float* b,
   }
 }
 
-template <Left left, int rows>
+template <Left left, Into into, int rows>
 void multiply_rows(const float* a, int a_stride, const float* b, int b_stride, float* c,
                    int c_stride, int columns, int depth) {
   int j = 0;
   for (; j + 2 * kLanes <= columns; j += 2 * kLanes) {
-    multiply_block<left, rows, 2>(a, a_stride, b + j, b_stride, c + j, c_stride, depth);
+    multiply_block<left, into, rows, 2>(a, a_stride, b + j, b_stride, c + j, c_stride, depth);
   }
   if (j < columns) {
-    multiply_block<left, rows, 1>(a, a_stride, b + j, b_stride, c + j, c_stride, depth);
+    multiply_block<left, into, rows, 1>(a, a_stride, b + j, b_stride, c + j, c_stride, depth);
   }
 }
 
-// c [rows, columns] += a b for rows <= kRowsInRegisters and whole vectors of columns.
-template <Left left, int most = kRowsInRegisters>
-FASTLLM_INLINE void multiply_add(const float* a, int a_stride, const float* b, int b_stride,
-                                 float* c, int c_stride, int rows, int columns, int depth) {
+// c [rows, columns] (+)= a b for rows <= kRowsInRegisters and whole vectors of columns.
+template <Left left, Into into, int most = kRowsInRegisters>
+FASTLLM_INLINE void multiply(const float* a, int a_stride, const float* b, int b_stride, float* c,
+                             int c_stride, int rows, int columns, int depth) {
   if (rows == most) {
-    multiply_rows<left, most>(a, a_stride, b, b_stride, c, c_stride, columns, depth);
+    multiply_rows<left, into, most>(a, a_stride, b, b_stride, c, c_stride, columns, depth);
   } else if constexpr (most > 1) {
-    multiply_add<left, most - 1>(a, a_stride, b, b_stride, c, c_stride, rows, columns, depth);
+    multiply<left, into, most - 1>(a, a_stride, b, b_stride, c, c_stride, rows, columns, depth);
   }
 }
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -134,7 +135,7 @@ class PackedLayout:
         """
         chosen = torch.as_tensor(rows, dtype=torch.int32).cpu()
         if chosen.numel() and not (
-            0 <= int(chosen[0])
+            int(chosen[0]) >= 0
             and int(chosen[-1]) < self.total_tokens
             and bool((chosen[1:] > chosen[:-1]).all())
         ):
@@ -191,7 +192,7 @@ class PackedLayout:
         if (kind, block) not in self._tiles:
             tiles = [
                 (segment, first)
-                for segment, (begin, end) in enumerate(zip(offsets, offsets[1:], strict=False))
+                for segment, (begin, end) in enumerate(pairwise(offsets))
                 for first in range(begin, end, block)
             ]
             table = torch.tensor(tiles, dtype=torch.int32).view(-1, 2)

@@ -30,11 +30,13 @@ def load_rows(
     rows = tl.arange(0, ROWS)[:, None]
     columns = tl.arange(0, BLOCK_D)[None, :]
     pointers = ptr + rows * STRIDE + columns
+    if MASKED and BLOCK_D == D:
+        return tl.load(pointers, mask=rows < count, other=0.0)
     if MASKED:
         return tl.load(pointers, mask=(rows < count) & (columns < D), other=0.0)
-    if BLOCK_D != D:
-        return tl.load(pointers, mask=columns < D, other=0.0)
-    return tl.load(pointers)
+    if BLOCK_D == D:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=columns < D, other=0.0)
 
 
 @triton.jit

@@ -120,8 +120,8 @@ def matches_reference(device: torch.device) -> Callable[..., SimpleNamespace]:
     ``check(op, reference, inputs, dtype, strides=..., constants=..., frozen=..., **options)``:
     `inputs` are cast to `dtype` and, but for the names in `frozen`, differentiated; `constants`
     (fp32 tables, say) are not cast; `strides` names the memory layout of the inputs and
-    `grad_strides` that of the output gradients (see `restrided`); `atol` is allowed on top, for
-    gradients that are small differences of large numbers.
+    `grad_strides` that of the output gradients (see `restrided`); `atol`, and `rtol` of the
+    largest element, are allowed on top, for results that are small differences of large numbers.
     """
 
     def check(
@@ -136,6 +136,7 @@ def matches_reference(device: torch.device) -> Callable[..., SimpleNamespace]:
         frozen: tuple[str, ...] = (),
         only_output: int | None = None,
         atol: float = 0.0,
+        rtol: float = 0.0,
         **options: Any,
     ) -> SimpleNamespace:
         constants = constants or {}
@@ -151,7 +152,7 @@ def matches_reference(device: torch.device) -> Callable[..., SimpleNamespace]:
         got = run(op, dtype, fixed, options)
         for name, value in exact.items():
             assert name in got, f"no {name}"
-            _assert_error_ratio(got[name], value, low[name], name, atol)
+            _assert_error_ratio(got[name], value, low[name], name, atol, rtol)
         for name in got.keys() - exact.keys():
             assert not got[name].any(), f"{name}: expected none, or zeros"
         return SimpleNamespace(**{name.replace(" ", "_"): t for name, t in got.items()})
@@ -244,7 +245,12 @@ def _restrided(tensor: Tensor, strides: str) -> Tensor:
 
 
 def _assert_error_ratio(
-    got: Tensor, exact: Tensor, low: Tensor, name: str = "result", atol: float = 0.0
+    got: Tensor,
+    exact: Tensor,
+    low: Tensor,
+    name: str = "result",
+    atol: float = 0.0,
+    rtol: float = 0.0,
 ) -> None:
     assert got.shape == exact.shape, f"{name}: shape {got.shape}, expected {exact.shape}"
     assert got.dtype == low.dtype, f"{name}: {got.dtype}, expected {low.dtype}"
@@ -253,7 +259,7 @@ def _assert_error_ratio(
     assert exact.isfinite().all(), f"{name}: the fp64 reference is not finite"
     assert got.isfinite().all(), f"{name}: not finite where the fp64 reference is"
     error, low_error = _largest(got.double() - exact), _largest(low.double() - exact)
-    slack = ROUNDING[got.dtype] * _largest(exact) + atol
+    slack = (ROUNDING[got.dtype] + rtol) * _largest(exact) + atol
     assert error <= 2 * low_error + slack, (
         f"{name} ({got.dtype}): error {error:.3g}, PyTorch's own {low_error:.3g}, slack {slack:.3g}"
     )

@@ -136,7 +136,7 @@ def _load(values: dict[str, Any], kind: type) -> tuple[Any, Tokenizer]:
     from fastllm.model import weights
     from fastllm.training.config import TrainingConfig
     from fastllm.training.logging import configure_logging
-    from fastllm.training.loop import pick_device, pick_dtype
+    from fastllm.training.devices import pick_device, pick_dtype
     from fastllm.training.start import tokenizer_of
 
     configure_logging()

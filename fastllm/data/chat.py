@@ -88,6 +88,17 @@ def has_generation_marks(template: str) -> bool:
     return re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
 
 
+def check_turns_end(text: str, spans: Sequence[Span], special_tokens: Sequence[str]) -> None:
+    """Raise DataError if a span does not end in a special token: nothing in it says to stop."""
+    for start, end in spans:
+        if not text[start:end].endswith(tuple(special_tokens)):
+            raise DataError(
+                "the chat template has no {% generation %} marks and puts no special token after "
+                f"what the assistant wrote ({text[start:end][-20:]!r}), so a model would not learn "
+                "to stop; use a template with the marks, or records with 'prompt' and 'completion'"
+            )
+
+
 def token_mask(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
     """Mark the tokens that hold any character of a span.
 

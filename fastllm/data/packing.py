@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -73,6 +74,9 @@ class ScoredBatch:
 
     def to(self, device: torch.device | str) -> ScoredBatch:
         return _move(self, device)
+
+
+Batch = TypeVar("Batch", TokenBatch, PairBatch, ScoredBatch)
 
 
 class _Row:
@@ -162,7 +166,7 @@ def pack_pairs(
     margins: Sequence[float | None] | None = None,
     share_prefix: bool = True,
     pad_to: int | None = None,
-    pad_token_id: int = 0,
+    pad_token_id: int | None = 0,
 ) -> PairBatch:
     """Preference pairs: the beginning that both sides share once, then the two continuations.
 
@@ -245,8 +249,8 @@ def _token_batch(row: _Row, wanted: list[tuple[int, int, int]], num_sequences: i
     return TokenBatch(input_ids, layout, rows, source, table[:, 1], table[:, 2], num_sequences)
 
 
-def _padded(ids: Sequence[int], pad_to: int | None, pad_token_id: int) -> list[int]:
-    return [*ids, *[pad_token_id] * ((pad_to or 0) - len(ids))]
+def _padded(ids: Sequence[int], pad_to: int | None, pad_token_id: int | None) -> list[int]:
+    return [*ids, *[pad_token_id or 0] * ((pad_to or 0) - len(ids))]
 
 
 def _margins(margins: Sequence[float | None] | None) -> Tensor | None:
@@ -255,8 +259,8 @@ def _margins(margins: Sequence[float | None] | None) -> Tensor | None:
     return torch.tensor([m or 0.0 for m in margins], dtype=torch.float32)
 
 
-def _move(batch, device):  # type: ignore[no-untyped-def]
-    moved = {
+def _move(batch: Batch, device: torch.device | str) -> Batch:
+    moved: dict[str, Any] = {
         name: value.to(device)
         for name, value in vars(batch).items()
         if isinstance(value, Tensor | PackedLayout)

@@ -207,6 +207,9 @@ class Tokenizer:
         text, spans = chat.render_with_spans(
             self._template(), messages, self.special_tokens, tools, **template_kwargs
         )
+        if not chat.has_generation_marks(self._template()):
+            added = self.backend.get_added_tokens_decoder().values()
+            chat.check_turns_end(text, spans, [token.content for token in added])
         with rust_errors("encoding"):
             encoding = self.backend.encode(text, add_special_tokens=False)
         return encoding.ids, chat.token_mask(encoding.offsets, spans)

@@ -35,8 +35,8 @@ def generate(
     model: Transformer,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
-    *,
     temperature: float = 1.0,
+    *,
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
@@ -45,7 +45,7 @@ def generate(
     stop_token_ids: Sequence[int] | None = None,
     seed: int | None = None,
     request_ids: Sequence[int] | None = None,
-    max_batch_size: int = 256,
+    max_batch_size: int | None = 256,
     prefill_tokens: int = 8192,
 ) -> list[Completion]:
     """Complete token prompts.
@@ -64,7 +64,7 @@ def generate(
         stop_token_ids: tokens that end a completion; None for the config's `eos_token_id`.
         seed: None draws one from PyTorch's default generator.
         request_ids: 64-bit integer that names each prompt's random stream; None for 0, 1, 2, ...
-        max_batch_size: sequences that run at a time; the others wait for a free row.
+        max_batch_size: sequences that run at a time, the others wait for a free row; None for all.
         prefill_tokens: prompt tokens computed in one pass, unless one prompt alone is longer.
 
     Returns:
@@ -89,7 +89,7 @@ def generate(
         "prefill_tokens": prefill_tokens,
     }
     for name, count in counts.items():
-        if count < 1:
+        if count is not None and count < 1:
             raise ValueError(f"{name}: expected at least 1, found {count}")
     _check_prompts(prompts, max_new_tokens, model.config)
     stops = _stops(stop_token_ids, model.config)

@@ -43,6 +43,9 @@ class Sequences:
     def pick(self, which: Tensor | slice) -> Sequences:
         return Sequences(*(getattr(self, field.name)[which] for field in fields(self)))
 
+    def without(self, ended: Tensor) -> Sequences:
+        return self.pick((~ended).nonzero().squeeze(1))
+
     def join(self, others: Sequences) -> Sequences:
         names = [field.name for field in fields(self)]
         return Sequences(*(torch.cat((getattr(self, n), getattr(others, n))) for n in names))
@@ -59,7 +62,7 @@ class Rollout:
         params: the distribution to draw from.
         max_new_tokens: longest completion.
         stop_token_ids: tokens that end a sequence.
-        max_batch_size: sequences that run at a time.
+        max_batch_size: sequences that run at a time; None for all.
         prefill_tokens: prompt tokens computed at a time; a longer prompt has a pass of its own.
     """
 
@@ -73,7 +76,7 @@ class Rollout:
         params: SamplingParams,
         max_new_tokens: int,
         stop_token_ids: Sequence[int],
-        max_batch_size: int,
+        max_batch_size: int | None,
         prefill_tokens: int,
     ) -> None:
         weight = model.model.embed_tokens.weight
@@ -83,12 +86,11 @@ class Rollout:
         self._params, self._max_new_tokens = params, max_new_tokens
         self._stops = torch.tensor(list(stop_token_ids), dtype=torch.int64, device=self._device)
         self._prefill_tokens = prefill_tokens
-        rows = min(max_batch_size, len(prompts) * copies)
+        rows = min(max_batch_size or len(keys), len(keys))
         self._cache = KVCache(rows, max_new_tokens - 1)
-        # A prefill for every row that comes free would stop the whole batch each time.
-        self._worth_a_prefill = max(1, rows // 8)
+        self._refill_rows = max(1, rows // 8)
         self._waiting = deque(range(len(prompts)))
-        self._ready = self._running = self._nobody()
+        self._ready, self._running = self._nobody(), self._nobody()
         self._longest = self._furthest = 0
         self._drawn: list[tuple[Tensor, Draw]] = []
 
@@ -107,13 +109,15 @@ class Rollout:
 
     def _refill(self) -> bool:
         """Let waiting sequences begin where there is room; whether any runs now."""
-        if len(self._running) and self._cache.free_rows < self._worth_a_prefill:
-            return True
-        while self._cache.free_rows and (len(self._ready) or self._waiting):
-            if not len(self._ready):
-                self._prefill(self._next_prompts())
+        self._begin()
+        while self._waiting and not len(self._ready) and self._worth_a_prefill():
+            self._prefill(self._next_prompts())
             self._begin()
         return len(self._running) > 0
+
+    def _worth_a_prefill(self) -> bool:
+        """A prefill for every row that comes free would stop the whole batch each time."""
+        return self._cache.free_rows >= self._refill_rows or not len(self._running)
 
     def _next_prompts(self) -> list[int]:
         """The next prompts in line: as many as there is room for, within the token budget."""
@@ -139,7 +143,7 @@ class Rollout:
         begun = self._sequences(chosen, layout, tokens)
         self._cache.append(attend.computed, layout.starts)
         ended = self._draw(begun, logits.repeat_interleave(self._copies, dim=0))
-        self._ready = begun.pick(~ended)
+        self._ready = begun.without(ended)
 
     def _sequences(self, chosen: list[int], layout: PackedLayout, tokens: Tensor) -> Sequences:
         """The sequences of freshly computed prompts, which have no token yet."""
@@ -162,7 +166,10 @@ class Rollout:
         )
 
     def _begin(self) -> None:
+        """Give free rows to sequences that have their first token."""
         count = min(self._cache.free_rows, len(self._ready))
+        if count == 0:
+            return
         beginning, self._ready = (
             self._ready.pick(slice(count)),
             self._ready.pick(slice(count, None)),
@@ -188,10 +195,10 @@ class Rollout:
         )
         ended = self._draw(running, self._logits(self._trunk(running.token, attend)))
         self._longest += 1
-        self._furthest += 1
+        pass
         if ended.any():
             self._cache.give_back(running.row[ended])
-            self._running = running.pick(~ended)
+            self._running = running.without(ended)
             self._measure()
 
     def _draw(self, sequences: Sequences, logits: Tensor) -> Tensor:

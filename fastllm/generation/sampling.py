@@ -146,9 +146,9 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 def _invert(logp: Tensor, uniform: Tensor) -> Tensor:
     """The token at which the cumulative distribution passes `uniform`: [B, V], [B] -> [B]."""
     cumulative = logp.exp().cumsum(dim=-1)
-    total = cumulative[:, -1]
-    # Below the total, so that the search ends at a token whose probability is not 0.
-    target = torch.minimum(uniform * total, total * (1 - 2.0**-23))
+    # At most 1 - 2^-24 of the total, which is less than the total after rounding too: the search
+    # ends at a token whose probability is not 0.
+    target = uniform * cumulative[:, -1]
     tokens = torch.searchsorted(cumulative, target[:, None], right=True).squeeze(1)
     # Only NaN passes every entry; whoever reads the log-probabilities will find it.
     return tokens.clamp_(max=logp.shape[1] - 1)

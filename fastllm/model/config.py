@@ -68,9 +68,9 @@ class ModelConfig:
     num_hidden_layers: int
     num_attention_heads: int
     """Query heads (H)."""
-    num_key_value_heads: int | None = None
+    num_key_value_heads: int = None  # type: ignore[assignment]  # settled in __post_init__
     """Key/value heads (K); None for as many as query heads."""
-    head_dim: int | None = None
+    head_dim: int = None  # type: ignore[assignment]  # settled in __post_init__
     """Head size (D); None for hidden_size / num_attention_heads."""
     model_type: str = "llama"
     """llama, mistral, qwen2 (bias on q, k, v) or qwen3 (norms on q and k)."""

@@ -14,6 +14,8 @@ from .transformer import Linear
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
+_UNSUPPORTED = ("use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform")
+
 
 @dataclass(kw_only=True)
 class LoraConfig:
@@ -53,7 +55,7 @@ class LoraConfig:
         """
         if isinstance(config, cls):
             return config
-        for name in ("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "layers_to_transform"):
+        for name in _UNSUPPORTED:
             if getattr(config, name, None):
                 raise ValueError(f"LoRA: {name} is not supported")
         if getattr(config, "bias", "none") != "none":
@@ -91,7 +93,7 @@ class LoRALinear(Linear):
         return out + self.lora_B(self.lora_A(self.dropout(x))) * self.scaling
 
 
-def add_lora(model: nn.Module, config: LoraConfig) -> None:
+def add_lora(model: Any, config: LoraConfig) -> None:
     """Freeze `model` and put adapters on its projections, in place.
 
     A reward model's `score` head stays trainable: it is new, so no adapter can carry it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +65,7 @@ class RewardModel(nn.Module):
         return self.score_rows(packed, layout, layout.starts[1:].long() - 1)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, **options: object) -> RewardModel:
+    def from_pretrained(cls, folder: str | Path, **options: Any) -> RewardModel:
         """Load a Hugging Face folder, a run or checkpoint folder, or a `.pt` file."""
         from .weights import load_model
 

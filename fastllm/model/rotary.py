@@ -30,7 +30,6 @@ class RotaryTable:
 
 def _frequencies(config: ModelConfig) -> Tensor:
     """Angle per position of each channel pair [D/2], with the checkpoint's scaling rule."""
-    assert config.head_dim is not None
     # On the CPU whatever the default device is: a model may be built on the meta device.
     channels = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")
     exponents = channels / config.head_dim

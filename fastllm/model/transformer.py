@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -64,11 +64,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.rms_norm(x, self.weight, self.eps)
+        return ops.rms_norm(x, self.weight, self.eps)  # type: ignore[return-value]
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised x + residual, and x + residual."""
-        return ops.rms_norm(x, self.weight, self.eps, residual)
+        return ops.rms_norm(x, self.weight, self.eps, residual)  # type: ignore[return-value]
 
 
 class Attention(nn.Module):
@@ -119,10 +119,10 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        sizes = config.hidden_size, config.intermediate_size
-        self.gate_proj = Linear(*sizes, bias=config.mlp_bias)
-        self.up_proj = Linear(*sizes, bias=config.mlp_bias)
-        self.down_proj = Linear(*reversed(sizes), bias=config.mlp_bias)
+        width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = Linear(width, inner, bias=bias)
+        self.up_proj = Linear(width, inner, bias=bias)
+        self.down_proj = Linear(inner, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
@@ -216,9 +216,7 @@ class Transformer(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def hidden(
-        self, input_ids: Tensor, layout: PackedLayout, rows: Tensor | None = None
-    ) -> Tensor:
+    def hidden(self, input_ids: Tensor, layout: PackedLayout, rows: Tensor | None = None) -> Tensor:
         """Hidden states of packed tokens [T] at `rows` (all when None): [N, C]."""
         return self.model(input_ids, PackedAttend(layout, rows), rows)
 
@@ -239,7 +237,7 @@ class Transformer(nn.Module):
         return padded
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, **options: object) -> Transformer:
+    def from_pretrained(cls, folder: str | Path, **options: Any) -> Transformer:
         """Load a Hugging Face folder, a run or checkpoint folder, or a `.pt` file."""
         from .weights import load_model
 

@@ -94,8 +94,10 @@ def load_model(
         raw, weights, kind = pt_file.load(place)
     _check_kind(kind, cls, new_head, place)
     config = ModelConfig.from_dict(raw, str(place / CONFIG if place.is_dir() else place))
-    model = _build(cls, config, weights, dtype, device, place)
-    return model.eval()
+    if cls is RewardModel and kind == _KINDS[Transformer.head_name]:
+        weights.pop("lm_head.weight", None)
+        weights["score.weight"] = _new_head(config)
+    return _build(cls, config, weights, dtype, device, place).eval()
 
 
 def save_model(
@@ -184,8 +186,6 @@ def _build(
         model = cls(config)
     weights = {k: t for k, t in weights.items() if not k.endswith("rotary_emb.inv_freq")}
     shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    if isinstance(model, RewardModel) and weights.pop("lm_head.weight", None) is not None:
-        weights.setdefault("score.weight", _new_head(config))
     if isinstance(model, Transformer) and config.tie_word_embeddings:
         _tie(weights, source)
     _check_tensors(weights, shapes, source)
@@ -306,7 +306,7 @@ def _listing(names: list[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + more
 
 
-def from_transformers(model: nn.Module, cls: type[Model]) -> Model:
+def from_transformers(model: Any, cls: type[Model]) -> Model:
     """Our model with the weights of a `transformers` model; the tensors are shared.
 
     Raises:

@@ -82,9 +82,7 @@ def attention_reference(
 
 
 def _rows(layout: PackedLayout, segment: int) -> Tensor:
-    return torch.arange(
-        layout.offsets[segment], layout.offsets[segment + 1], device=layout.device
-    )
+    return torch.arange(layout.offsets[segment], layout.offsets[segment + 1], device=layout.device)
 
 
 class _Attention(torch.autograd.Function):
@@ -127,7 +125,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, window: int | 
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"attention: q, k, v must share a dtype: {q.dtype}, {k.dtype}, {v.dtype}")
     if heads % k.shape[1]:
-        raise ValueError(f"attention: {heads} query heads do not divide over {k.shape[1]} key heads")
+        raise ValueError(
+            f"attention: {heads} query heads do not divide over {k.shape[1]} key heads"
+        )
     if layout.device != q.device and layout.device.type != q.device.type:
         raise ValueError(f"attention: the layout is on {layout.device}, q is on {q.device}")
     if window is not None and window < 1:

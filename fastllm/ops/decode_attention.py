@@ -120,8 +120,8 @@ def _check(
         )
     if prefix_k.shape[1:] != tail_k.shape[2:] or prefix_k.shape[2] != head_dim:
         raise ValueError(
-            f"decode_attention: expected prefix [Tp, K, {head_dim}] and tail [R, M, K, {head_dim}], "
-            f"found {tuple(prefix_k.shape)} and {tuple(tail_k.shape)}"
+            f"decode_attention: expected prefix [Tp, K, {head_dim}] and "
+            f"tail [R, M, K, {head_dim}], found {tuple(prefix_k.shape)} and {tuple(tail_k.shape)}"
         )
     if heads % prefix_k.shape[1]:
         raise ValueError(

@@ -47,7 +47,9 @@ def linear_logprob(
     raw = backend.kernels("linear_logprob", hidden, weight)
     if raw is None:
         return linear_logprob_reference(hidden, weight, targets, temperature, softcap, entropy)
-    logp, entropies = _LinearLogprob.apply(hidden, weight, targets, temperature, softcap or 0.0, raw)
+    logp, entropies = _LinearLogprob.apply(
+        hidden, weight, targets, temperature, softcap or 0.0, raw
+    )
     return (logp, entropies) if entropy else logp
 
 
@@ -166,6 +168,5 @@ def _check(
         low, high = int(targets.min()), int(targets.max())
         if low < 0 or high >= weight.shape[0]:
             raise ValueError(
-                f"linear_logprob: targets must lie in 0..{weight.shape[0] - 1}, "
-                f"found {low}..{high}"
+                f"linear_logprob: targets must lie in 0..{weight.shape[0] - 1}, found {low}..{high}"
             )

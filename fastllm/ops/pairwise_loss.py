@@ -74,4 +74,8 @@ class _PairwiseLoss(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         dchosen, drejected = ctx.saved_tensors
         chosen_dtype, rejected_dtype = ctx.dtypes
-        return (dloss * dchosen).to(chosen_dtype), (dloss * drejected).to(rejected_dtype), *[None] * 3
+        return (
+            (dloss * dchosen).to(chosen_dtype),
+            (dloss * drejected).to(rejected_dtype),
+            *[None] * 3,
+        )

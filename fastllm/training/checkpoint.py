@@ -288,10 +288,11 @@ def _is_disk_full(error: Exception) -> bool:
 
 def _disk_full(run_dir: Path, needed: int) -> OSError:
     free = shutil.disk_usage(run_dir).free
+    needed = max(needed, free + 1)  # it did not fit into what is free now that it is removed
     before = next((path.name for path in checkpoints(run_dir)), None)
     intact = f"; {before} is intact" if before else ""
     return OSError(
         errno.ENOSPC,
-        f"disk full: a checkpoint needs {needed:,} bytes or more, {free:,} are free{intact}",
+        f"disk full: a checkpoint needs at least {needed:,} bytes, {free:,} are free{intact}",
         str(run_dir),
     )

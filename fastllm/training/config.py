@@ -205,7 +205,7 @@ class GRPOConfig(TrainingConfig):
             )
         if self.loss_type == "cispo" and self.epsilon_high is None:
             raise ValueError(
-                "loss_type cispo clamps the ratio itself at epsilon_high: set it, to 5.0 for example"
+                "loss_type cispo clamps the ratio itself at epsilon_high: give one, say 5.0"
             )
         if self.passes_per_rollout % self.gradient_accumulation_steps:
             raise ValueError(

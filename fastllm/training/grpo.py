@@ -155,7 +155,7 @@ class GRPOTrainer(Trainer):
             self._write_completions,
         )
 
-    def loss(self, model: Transformer, batch: GRPOBatch) -> tuple[Tensor, dict[str, Metric]]:
+    def loss(self, model: Any, batch: GRPOBatch) -> tuple[Tensor, dict[str, Metric]]:
         logp, entropy = self._logp(model, batch.tokens)
         tokens = Tokens(
             logp=logp,
@@ -201,7 +201,9 @@ class GRPOTrainer(Trainer):
         rollout = as_rollout(held, completions, self.processing_class)
         total, each = self.rewards(rollout, **self._context())
         averages = Averages()
-        columns = zip(["reward", *self._reward_metric_names()], [total, *each.unbind(1)], strict=True)
+        columns = zip(
+            ["reward", *self._reward_metric_names()], [total, *each.unbind(1)], strict=True
+        )
         for name, values in columns:
             known = values[~values.isnan()]
             averages.add({name: (known.sum(), known.numel())})
@@ -216,9 +218,9 @@ class GRPOTrainer(Trainer):
         allowed = self.args.max_prompt_length or limit
         if allowed > limit or allowed < 1:
             raise ValueError(
-                f"max_completion_length {self.args.max_completion_length} and a prompt of up to "
-                f"{max(allowed, 1)} tokens pass the model's {limit + self.args.max_completion_length} "
-                "positions"
+                f"the model has {self.model.config.max_position_embeddings} positions: too few for "
+                f"max_completion_length {self.args.max_completion_length} and prompts of up to "
+                f"{max(allowed, 1)} tokens"
             )
         return encode_prompts(records, self.processing_class, allowed)[0]
 
@@ -230,7 +232,7 @@ class GRPOTrainer(Trainer):
             batch.targets,
             temperature=self.args.temperature or 1.0,
             entropy=True,
-        )
+        )  # type: ignore[return-value]
 
     @torch.no_grad()
     def _policy_logp(self, batch: TokenBatch) -> Tensor:

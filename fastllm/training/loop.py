@@ -60,7 +60,7 @@ class Source(Protocol):
 
 
 # (model, batch) -> (sum of the loss over the batch, metrics)
-LossFn = Callable[[nn.Module, Any], tuple[Tensor, dict[str, Metric]]]
+LossFn = Callable[[Any, Any], tuple[Tensor, dict[str, Metric]]]
 
 
 @dataclass
@@ -170,7 +170,7 @@ class _Loop:
         step = self.state.global_step
         passes = self.source.passes(step)
         normaliser = distributed.all_reduce_sum(sum(p.weight for p in passes))
-        step_loss: Tensor | float = 0.0
+        step_loss = torch.zeros((), device=self.device)
         self.model.train()
         for one in passes:
             loss, metrics = self.loss_fn(self.model, one.batch)
@@ -250,7 +250,7 @@ class _Loop:
         self.log(line, tokens_per_second=speed)
         if self.progress is not None:
             shown = {name: line[name] for name in self.hooks.shown if name in line}
-            self.progress.update(self.state.global_step, **shown)
+            self.progress.update(self.state.global_step, 0, **shown)
 
     def log(self, line: dict[str, float], **timing: float) -> None:
         """Record a line; timings go to the file but not into the comparable history."""
@@ -306,7 +306,9 @@ class _Loop:
         self.loss_sum = state["loss_sum"]
         max_steps = self.state.max_steps
         vars(self.state).update(state["trainer"], max_steps=max_steps)
-        source = {n.removeprefix("source."): t for n, t in tensors.items() if n.startswith("source.")}
+        source = {
+            n.removeprefix("source."): t for n, t in tensors.items() if n.startswith("source.")
+        }
         self.source.restore(source, state["source"])
         self.last_saved, self.resumed = self.state.global_step, True
         _log.info("resumed at step %d from %s", self.state.global_step, folder)
@@ -331,31 +333,3 @@ def total_steps(config: TrainingConfig, source: Source) -> int:
     if config.max_steps > 0:
         return config.max_steps
     return math.ceil(config.num_train_epochs * source.steps_per_epoch)
-
-
-def pick_device(config: TrainingConfig) -> torch.device:
-    """The device a config asks for; auto is CUDA, then MPS, then the CPU.
-
-    Raises:
-        ValueError: a device that this machine does not have.
-    """
-    if config.use_cpu:
-        return torch.device("cpu")
-    if config.device == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda", distributed.local_rank())
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    device = torch.device(config.device)
-    available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
-    if not available.get(device.type, lambda: True)():
-        raise ValueError(f"device {config.device!r} was requested, but this machine has none")
-    return device
-
-
-def pick_dtype(config: TrainingConfig, device: torch.device) -> torch.dtype:
-    """The dtype of a step's arithmetic; see `TrainingConfig.dtype`."""
-    name = "fp16" if config.fp16 else "bf16" if config.bf16 else config.dtype
-    if name == "auto":
-        natural = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        name = "bf16" if natural and config.bf16 is not False else "fp32"
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]

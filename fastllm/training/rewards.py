@@ -60,8 +60,9 @@ class Rewards:
         if not functions:
             raise ValueError("reward_funcs: expected at least one reward function or reward model")
         self._functions = [
-            f if callable(f) and not isinstance(f, nn.Module) else
-            ModelReward(f, tokenizer, device, dtype)
+            f
+            if callable(f) and not isinstance(f, nn.Module)
+            else ModelReward(f, tokenizer, device, dtype)
             for f in functions
         ]
         self.names = [reward_name(f) for f in self._functions]

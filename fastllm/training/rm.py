@@ -20,8 +20,8 @@ from .averages import Metric
 from .batches import BatchSource, collated
 from .config import RewardConfig
 from .loop import Pass
-from .start import Sizes, config_from, finish, starting_point
 from .sft import plain_texts
+from .start import Sizes, config_from, finish, starting_point
 from .trainer import Trainer, split_by_prompt
 
 __all__ = [
@@ -147,7 +147,7 @@ class RewardTrainer(Trainer):
     def source(self) -> BatchSource:
         return BatchSource(self._train, self._collate, self.args, self.device)
 
-    def loss(self, model: RewardModel, batch: PairBatch) -> tuple[Tensor, dict[str, Metric]]:
+    def loss(self, model: Any, batch: PairBatch) -> tuple[Tensor, dict[str, Metric]]:
         scores = model.score_rows(batch.input_ids, batch.layout, batch.rows)
         chosen, rejected = scores[batch.chosen], scores[batch.rejected]
         mean = ops.pairwise_loss(

@@ -25,7 +25,8 @@ class EpochSampler:
         self.size, self.per_step = size, per_step
         self.steps_per_epoch = math.ceil(size / per_step)
         self._seed, self._shuffle = seed, shuffle
-        self._epoch, self._order = -1, []
+        self._epoch = -1
+        self._order: list[int] = []
 
     def indices(self, step: int, rank: int = 0, world_size: int = 1) -> list[int]:
         """Examples of `step` for one rank; ranks take every world_size-th one."""

@@ -134,7 +134,7 @@ class SFTTrainer(Trainer):
     def source(self) -> BatchSource:
         return BatchSource(self._train, self._collate, self.args, self.device)
 
-    def loss(self, model: Transformer, batch: TokenBatch) -> tuple[Tensor, dict[str, Metric]]:
+    def loss(self, model: Any, batch: TokenBatch) -> tuple[Tensor, dict[str, Metric]]:
         hidden = model.hidden(batch.input_ids, batch.layout, batch.rows)
         logp, entropy = ops.linear_logprob(
             hidden[batch.source], model.lm_head.weight, batch.targets, entropy=True

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from ..data.errors import DataError
-from ..model import weights
+from ..model import adapters, weights
 from ..model.config import ModelConfig
 from ..model.lora import LoraConfig, add_lora
 from . import checkpoint, distributed, loop
 from .averages import Averages, Metric
 from .callbacks import Callbacks, TrainerState
 from .config import SCRATCH_LEARNING_RATE, TrainingConfig
+from .devices import pick_device, pick_dtype
 from .loop import Hooks, Pass, Source, TrainOutput
 from .start import as_tokenizer
 
@@ -34,7 +35,7 @@ class Trainer:
     """
 
     config_class: ClassVar[type[TrainingConfig]]
-    model_class: ClassVar[type[nn.Module]]
+    model_class: ClassVar[type[Any]]
 
     def __init__(
         self,
@@ -49,14 +50,14 @@ class Trainer:
             raise ValueError(
                 f"args: expected {self.config_class.__name__}, found {type(self.args).__name__}"
             )
-        self.device = loop.pick_device(self.args)
+        self.device = pick_device(self.args)
         distributed.start(self.device)
-        self.dtype = loop.pick_dtype(self.args, self.device)
+        self.dtype = pick_dtype(self.args, self.device)
         self.callbacks = Callbacks(callbacks, self.args)
         self.state = TrainerState()
         self.from_scratch = isinstance(model, ModelConfig)
         self.base_path = str(model) if isinstance(model, str | Path) else None
-        self.model = self._load(model)
+        self.model: Any = self._load(model)
         self.processing_class = as_tokenizer(processing_class, self.base_path)
         self._check_tokenizer()
         if peft_config is not None:
@@ -69,7 +70,7 @@ class Trainer:
         """Where the batches of training come from."""
         raise NotImplementedError
 
-    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Metric]]:
+    def loss(self, model: Any, batch: Any) -> tuple[Tensor, dict[str, Metric]]:
         """Sum of the loss over a pass, and metrics as (sum, weight)."""
         raise NotImplementedError
 
@@ -134,7 +135,7 @@ class Trainer:
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         if hasattr(self.model, "lora_config"):
-            weights.save_adapter(self.model, folder, self.base_path)
+            adapters.save_adapter(self.model, folder, self.base_path or "")
         else:
             weights.save_model(self.model, folder)
         self.processing_class.save_pretrained(folder)
@@ -153,7 +154,7 @@ class Trainer:
             return SCRATCH_LEARNING_RATE
         return self.args.pretrained_learning_rate()
 
-    def _load(self, model: str | Path | nn.Module | ModelConfig) -> nn.Module:
+    def _load(self, model: str | Path | nn.Module | ModelConfig) -> Any:
         if isinstance(model, ModelConfig):
             torch.manual_seed(self.args.seed)
             return self.model_class(model)
@@ -163,7 +164,7 @@ class Trainer:
             return model
         return weights.from_transformers(model, self.model_class)
 
-    def _from_path(self, path: str | Path) -> nn.Module:
+    def _from_path(self, path: str | Path) -> Any:
         return weights.load_model(path, self.model_class)
 
     def _check_tokenizer(self) -> None:

@@ -133,6 +133,13 @@ def test_turns_that_cannot_be_located():
         chat.render_with_spans(template, CHAT, TOKENS)
 
 
+def test_turns_without_an_end(hf_folder):
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    tokenizer = Tokenizer.from_pretrained(hf_folder(template))
+    with pytest.raises(DataError, match=r"no special token after what .* \('assistant: Hello'\)"):
+        tokenizer.apply_chat_template_with_mask(CHAT[:2])
+
+
 @pytest.mark.parametrize(
     ("offsets", "spans", "mask"),
     [

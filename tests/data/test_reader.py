@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import subprocess
@@ -9,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fastllm.data.errors import DataError
 from fastllm.data.examples import Example, format_example
@@ -85,6 +88,27 @@ def test_faults_name_file_and_line(write, fault):
         read_records(path)
     assert str(caught.value).startswith(f"{path}:3: ")
     assert "\n" not in str(caught.value)
+
+
+@given(
+    st.lists(
+        st.one_of(
+            st.binary(max_size=20),
+            st.text(max_size=20).map(lambda text: text.encode("utf-8", "surrogatepass")),
+            st.sampled_from([b'{"a": ', b"[", b"]", b"}", b'"\\ud800"', b"1e400", b"NaN", b'"a"']),
+            st.just(json.dumps(PAIR).encode()),
+        ),
+        max_size=6,
+    ),
+    st.sampled_from([b"", b"\n", b","]),
+)
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_whatever_the_file_holds_only_data_errors(tmp_path_factory, parts, separator):
+    folder = tmp_path_factory.getbasetemp()
+    for name in ("any.jsonl", "any.json", "any.jsonl.gz"):
+        (folder / name).write_bytes(separator.join(parts))
+        with contextlib.suppress(DataError):
+            assert all(isinstance(record, dict) for record in read_records(folder / name))
 
 
 def test_faults_of_a_json_list(write):

@@ -84,6 +84,13 @@ def test_greedy_with_stops_and_a_penalty_equals_transformers(build, to_transform
     assert len({len(tokens) for tokens in expected}) > 1, "the test wants different lengths"
 
 
+def test_greedy_equals_transformers_past_the_first_rotary_table(build, to_transformers):
+    model = build(max_position_embeddings=300)
+    prompts = [torch.randint(0, 61, (n,)).tolist() for n in (250, 255, 3)]
+    expected = [_greedy_of_transformers(to_transformers(model), p, 12) for p in prompts]
+    assert _tokens(generate(model, prompts, 12, temperature=0)) == expected
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
 def test_logprobs_are_those_of_the_trainer(build, family, prompts, backend, device, temperature):
     model = build(family).to(device)
@@ -174,7 +181,7 @@ def test_without_a_seed_the_default_generator_decides(build, prompts):
 # -- the running batch -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("limits", [(1, 8192), (3, 8192), (7, 1), (7, 20), (256, 1)], ids=str)
+@pytest.mark.parametrize("limits", [(1, 8192), (3, 8192), (7, 1), (7, 20), (None, 1)], ids=str)
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
 def test_limits_change_nothing_but_the_schedule(build, prompts, limits, penalty, monkeypatch):
     model = build("mistral")

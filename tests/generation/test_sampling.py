@@ -150,6 +150,12 @@ def test_impossible_tokens_are_never_drawn_even_at_the_ends():
     last_below_one = 1 - 2.0**-24
     drawn = sample(logits, SamplingParams(), torch.tensor([0.0, 0.5, last_below_one]))
     assert drawn.token_ids.tolist() == [1, 3, 3]
+    # Cumulative sums end a little below or above 1; the search must not pass the last possible.
+    many = torch.randn(5000, 19)
+    many[:, 0] = many[:, -1] = -torch.inf
+    for uniform in (0.0, last_below_one):
+        tokens = sample(many, SamplingParams(), torch.full((5000,), uniform)).token_ids
+        assert tokens.min() >= 1 and tokens.max() <= 17
 
 
 def test_inputs_are_not_written():

@@ -361,6 +361,4 @@ def test_rotary_tables_at_long_positions(name: str) -> None:
     half = ours.head_dim // 2
     for found, expected in ((cos, expected_cos), (sin, expected_sin)):
         assert torch.equal(expected[0, :, :half], expected[0, :, half:])
-        torch.testing.assert_close(
-            found[positions[0]], expected[0, :, :half], atol=1e-6, rtol=0
-        )
+        torch.testing.assert_close(found[positions[0]], expected[0, :, :half], atol=1e-6, rtol=0)

@@ -56,6 +56,20 @@ def test_frozen_side_gets_no_gradient(matches_reference, frozen):
     matches_reference(pairwise_loss, pairwise_loss_reference, inputs(7), frozen=frozen)
 
 
+@pytest.mark.parametrize("names", [("chosen",), ("rejected",), ("margin",)], ids=str)
+def test_mixed_dtypes_are_right_or_refused(device, names):
+    """Never the bytes of one type read as another."""
+    given = {name: t.to(device) for name, t in inputs(7).items()}
+    exact = pairwise_loss_reference(**{name: t.double() for name, t in given.items()})
+    mixed = {name: t.bfloat16() if name in names else t for name, t in given.items()}
+    try:
+        found = pairwise_loss(**mixed)
+    except (ValueError, RuntimeError) as error:
+        assert "bfloat16" in str(error).lower()
+    else:
+        torch.testing.assert_close(found.double(), exact, atol=2e-2, rtol=2e-2)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("centering", [0.0, 0.5])
 def test_extreme_differences(matches_reference, dtype, centering):

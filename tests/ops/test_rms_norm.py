@@ -71,6 +71,19 @@ def test_frozen_inputs_get_no_gradient(matches_reference, dtype, frozen):
     matches_reference(rms_norm, rms_norm_reference, inputs(5, 20), dtype, frozen=frozen)
 
 
+def test_fp32_weight_for_bf16_rows(device):
+    """The weight is cast on the way in, and its gradient on the way out."""
+    x = torch.randn(5, 20, device=device, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(20, device=device, requires_grad=True)
+    y = rms_norm(x, weight)
+    y.sum().backward()
+    assert (y.dtype, x.grad.dtype, weight.grad.dtype) == (*[torch.bfloat16] * 2, torch.float32)
+    exact_x, exact_weight = (t.detach().double().requires_grad_() for t in (x, weight))
+    rms_norm_reference(exact_x, exact_weight).sum().backward()
+    torch.testing.assert_close(x.grad.double(), exact_x.grad, atol=5e-2, rtol=2e-2)
+    torch.testing.assert_close(weight.grad.double(), exact_weight.grad, atol=5e-2, rtol=2e-2)
+
+
 @pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8)])
 @pytest.mark.parametrize("residual", [False, True])
 def test_no_rows(matches_reference, shape, residual):
