@@ -5,6 +5,7 @@
 // rows see two runs of keys: its prefix, and its own segment up to themselves.
 
 #include "online_softmax.h"
+#include "softmax_gradient.h"
 
 namespace fastllm {
 namespace {
@@ -92,154 +93,33 @@ void delta(const AttentionDelta& a, int64_t begin, int64_t end) {
 }
 
 // ---- Backward ------------------------------------------------------------------------------------
-//
-// With S = scale q k^T, P = e^(S - lse) and delta = sum(dout * out):
-//   dv = P^T dout,   dS = P (dout v^T - delta),   dq = scale dS k,   dk = scale dS^T q
 
-// A tile of keys and values with their gradients.
-struct KeyGradientTile {
-  alignas(64) float keys[kKeys * kMaxHeadSize];
-  alignas(64) float keys_transposed[kMaxHeadSize * kKeys];
-  alignas(64) float values_transposed[kMaxHeadSize * kKeys];
-  alignas(64) float dkeys[kKeys * kMaxHeadSize];
-  alignas(64) float dvalues[kKeys * kMaxHeadSize];
-  int64_t count, position, size;
-  int width;
-
-  template <class T>
-  void read(const KeyRun<T>& run, int64_t first, int64_t head_size) {
-    count = smaller(kKeys, run.count - first);
-    position = run.position + first;
-    size = head_size;
-    width = padded(head_size);
-    load_tile(keys, run.values + first * run.stride, run.stride, count, size);
-    transpose_tile(values_transposed, keys, count, width);
-    load_tile(keys, run.keys + first * run.stride, run.stride, count, size);
-    transpose_tile(keys_transposed, keys, count, width);
-    clear(dkeys, kKeys * width);
-    clear(dvalues, kKeys * width);
-  }
-};
-
-// A tile of query rows, and what they hold against a tile of keys.
-struct QueryGradientTile {
-  alignas(64) float q[kRows * kMaxHeadSize];  // times the scale and log2(e), as the scores are
-  alignas(64) float dout[kRows * kMaxHeadSize];
-  alignas(64) float dq[kRows * kMaxHeadSize];
-  alignas(64) float p[kRows * kKeys];
-  alignas(64) float ds[kRows * kKeys];
-  float lse[kRows];  // times log2(e)
-  float delta[kRows];
-  int64_t positions[kRows];
-  Span spans[kRows];
-  int rows;
-
-  template <class T>
-  void read(const AttentionBackward& a, const QueryRows& source, int64_t first) {
-    const int width = padded(a.head_size);
-    rows = static_cast<int>(smaller(kRows, source.count() - first));
-    for (int r = 0; r < rows; ++r) {
-      const int64_t head = source.head(first + r);
-      const int64_t offset = head * a.head_size;
-      load_row(q + r * width, static_cast<const T*>(a.q) + offset, a.head_size, a.scale * kLog2E);
-      load_row(dout + r * width, static_cast<const T*>(a.dout) + offset, a.head_size);
-      lse[r] = a.lse[head] * kLog2E;
-      delta[r] = a.delta[head];
-      positions[r] = source.position(first + r);
-    }
-  }
-
-  void add_dq(const AttentionBackward& a, const QueryRows& source, int64_t first) const {
-    for (int r = 0; r < rows; ++r) {
-      const float* from = dq + r * padded(a.head_size);
-      float* to = a.dq_sum + source.head(first + r) * a.head_size;
-      for_each_vector(a.head_size, [&](int64_t i, auto lanes) {
-        store(to + i, load(to + i, lanes) + load(from + i, lanes) * a.scale, lanes);
-      });
-    }
-  }
-};
-
-// p = 2^(score - lse) and ds = p (dp - delta) of a row, in place of its scores and dp.
-FASTLLM_INLINE void probabilities(float* p, float* ds, float lse, float delta, Span wide,
-                                  Span row) {
-  hide(p, wide, row, kHidden);
-  for (int64_t i = wide.begin; i < wide.end; i += kLanes) {
-    const Vec probability = exp2(load(p + i) - lse);
-    store(p + i, probability);
-    store(ds + i, probability * (load(ds + i) - delta));
-  }
-}
-
-// p, ds and dq of a few rows (at most kRowsInRegisters) against a tile of keys.
-FASTLLM_INLINE void backward_rows(QueryGradientTile& queries, int first, int rows,
-                                  const KeyGradientTile& keys, int64_t window) {
-  const int width = keys.width, depth = static_cast<int>(keys.size);
-  Span all = {keys.count, 0};
-  for (int r = first; r < first + rows; ++r) {
-    const Span row = seen(queries.positions[r], window, keys.position, keys.count);
-    queries.spans[r] = row;
-    if (row.begin < row.end) all = {smaller(all.begin, row.begin), larger(all.end, row.end)};
-  }
-  const Span wide = widened(all);
-  float* dq = queries.dq + first * width;
-  if (wide.begin >= wide.end) return clear(dq, rows * width);
-  const int columns = static_cast<int>(wide.end - wide.begin);
-  float* p = queries.p + first * kKeys;
-  float* ds = queries.ds + first * kKeys;
-  multiply<kStored, kReplace>(queries.q + first * width, width, keys.keys_transposed + wide.begin,
-                              kKeys, p + wide.begin, kKeys, rows, columns, depth);
-  multiply<kStored, kReplace>(queries.dout + first * width, width,
-                              keys.values_transposed + wide.begin, kKeys, ds + wide.begin, kKeys,
-                              rows, columns, depth);
-  for (int r = 0; r < rows; ++r) {
-    probabilities(p + r * kKeys, ds + r * kKeys, queries.lse[first + r], queries.delta[first + r],
-                  wide, queries.spans[first + r]);
-  }
-  multiply<kStored, kReplace>(ds + wide.begin, kKeys, keys.keys + wide.begin * width, width,
-                              dq, width, rows, width, columns);
-}
-
-// dk and dv of a tile of keys from a tile of queries. Rows are sorted by position: the rows that
-// see one of a few keys lie together.
-void backward_keys(const QueryGradientTile& queries, KeyGradientTile& keys) {
-  const int width = keys.width;
-  int begin = 0, end = 0;
-  for (int64_t first = 0; first < keys.count; first += kRowsInRegisters) {
-    const int64_t last = smaller(first + kRowsInRegisters, keys.count);
-    while (begin < queries.rows && queries.spans[begin].end <= first) ++begin;
-    while (end < queries.rows && queries.spans[end].begin < last) ++end;
-    if (begin >= end) continue;
-    const int rows = static_cast<int>(last - first);
-    const int64_t corner = begin * kKeys + first;
-    multiply<kTransposed, kAdd>(queries.p + corner, kKeys, queries.dout + begin * width, width,
-                                keys.dvalues + first * width, width, rows, width, end - begin);
-    multiply<kTransposed, kAdd>(queries.ds + corner, kKeys, queries.q + begin * width, width,
-                                keys.dkeys + first * width, width, rows, width, end - begin);
-  }
-}
-
-// Gradients between a tile of keys and the queries of one segment.
 template <class T>
-void backward_segment(const AttentionBackward& a, const QueryRows& rows, KeyGradientTile& keys,
-                      QueryGradientTile& queries) {
-  const int64_t begin = rows.lower_bound(keys.position);
-  const int64_t end =
-      a.window > 0 ? rows.lower_bound(keys.position + keys.count - 1 + a.window) : rows.count();
-  for (int64_t first = begin; first < end; first += kRows) {
-    queries.read<T>(a, rows, first);
-    for (int row = 0; row < queries.rows; row += kRowsInRegisters) {
-      const int count = static_cast<int>(smaller(kRowsInRegisters, queries.rows - row));
-      backward_rows(queries, row, count, keys, a.window);
-    }
-    backward_keys(queries, keys);
-    queries.add_dq(a, rows, first);
+void read_rows(QueryGradientTile& tile, const AttentionBackward& a, const QueryRows& rows,
+               int64_t first) {
+  const int64_t end = smaller(first + kRows, rows.count());
+  tile.rows = 0;
+  for (int64_t row = first; row < end; ++row) {
+    const int64_t head = rows.head(row), offset = head * a.head_size;
+    tile.add_row(static_cast<const T*>(a.q) + offset, static_cast<const T*>(a.dout) + offset,
+                 a.head_size, a.scale, a.lse[head], a.delta[head], rows.position(row));
+  }
+}
+
+void add_dq(const QueryGradientTile& tile, const AttentionBackward& a, const QueryRows& rows,
+            int64_t first) {
+  for (int r = 0; r < tile.rows; ++r) {
+    const float* from = tile.dq + r * padded(a.head_size);
+    float* to = a.dq_sum + rows.head(first + r) * a.head_size;
+    for_each_vector(a.head_size, [&](int64_t i, auto lanes) {
+      store(to + i, load(to + i, lanes) + load(from + i, lanes) * a.scale, lanes);
+    });
   }
 }
 
 template <class T>
-void store_gradients(T* to, int64_t stride, const float* from, const KeyGradientTile& keys,
-                     float factor) {
+void store_rows(T* to, int64_t stride, const float* from, const KeyGradientTile& keys,
+                float factor) {
   for (int64_t row = 0; row < keys.count; ++row) {
     for_each_vector(keys.size, [&](int64_t i, auto lanes) {
       store(to + row * stride + i, load(from + row * keys.width + i, lanes) * factor, lanes);
@@ -247,32 +127,46 @@ void store_gradients(T* to, int64_t stride, const float* from, const KeyGradient
   }
 }
 
-// Every gradient of the keys of one segment, whose queries and whose children's queries see them.
+// The gradients between a tile of keys and all queries of one segment.
 template <class T>
-void backward_keys_of(const AttentionBackward& a, int32_t segment, int32_t key_head) {
-  KeyGradientTile keys;
-  QueryGradientTile queries;
-  const KeyRun<T> run = keys_of<T>(a, segment, key_head);
-  const int32_t* child = a.layout.children + a.layout.children_starts[segment];
-  const int32_t* last_child = a.layout.children + a.layout.children_starts[segment + 1];
-  for (int64_t first = 0; first < run.count; first += kKeys) {
-    keys.read(run, first, a.head_size);
-    backward_segment<T>(a, QueryRows(a, segment, key_head), keys, queries);
-    for (const int32_t* c = child; c < last_child; ++c) {
-      backward_segment<T>(a, QueryRows(a, *c, key_head), keys, queries);
-    }
-    const int64_t offset = (a.layout.starts[segment] + first) * run.stride + key_head * a.head_size;
-    store_gradients(static_cast<T*>(a.dk) + offset, run.stride, keys.dkeys, keys, kLn2);
-    store_gradients(static_cast<T*>(a.dv) + offset, run.stride, keys.dvalues, keys, 1.0f);
+void backward_segment(const AttentionBackward& a, const QueryRows& rows, KeyGradientTile& keys,
+                      QueryGradientTile& queries, Wanted wanted) {
+  const int64_t begin = rows.lower_bound(keys.position);
+  const int64_t end =
+      a.window > 0 ? rows.lower_bound(keys.position + keys.count - 1 + a.window) : rows.count();
+  for (int64_t first = begin; first < end; first += kRows) {
+    read_rows<T>(queries, a, rows, first);
+    backward_tiles(queries, keys, a.window, wanted);
+    if (wanted != kKeyGradients) add_dq(queries, a, rows, first);
   }
 }
 
-// Rounds the finished sums of dq to the storage format.
+// The gradients of a tile of keys of one segment, which its queries and its children's queries see.
 template <class T>
-void round_dq(const AttentionBackward& a, int32_t segment, int32_t key_head) {
+void backward_key_tile(const AttentionBackward& a, int32_t segment, int32_t key_head,
+                       int64_t first, Wanted wanted) {
+  KeyGradientTile keys;
+  QueryGradientTile queries;
+  const KeyRun<T> run = keys_of<T>(a, segment, key_head);
+  keys.read(run, first, a.head_size);
+  clear(keys.dkeys, kKeys * keys.width);
+  clear(keys.dvalues, kKeys * keys.width);
+  backward_segment<T>(a, QueryRows(a, segment, key_head), keys, queries, wanted);
+  for (int32_t i = a.layout.children_starts[segment]; i < a.layout.children_starts[segment + 1];
+       ++i) {
+    const QueryRows rows(a, a.layout.children[i], key_head);
+    backward_segment<T>(a, rows, keys, queries, wanted);
+  }
+  const int64_t offset = (a.layout.starts[segment] + first) * run.stride + key_head * a.head_size;
+  store_rows(static_cast<T*>(a.dk) + offset, run.stride, keys.dkeys, keys, kLn2);
+  store_rows(static_cast<T*>(a.dv) + offset, run.stride, keys.dvalues, keys, 1.0f);
+}
+
+// Rounds finished sums of dq, rows [begin, end), to the storage format.
+template <class T>
+void round_dq(const AttentionBackward& a, const QueryRows& rows, int64_t begin, int64_t end) {
   if (a.dq == a.dq_sum) return;
-  const QueryRows rows(a, segment, key_head);
-  for (int64_t row = 0; row < rows.count(); ++row) {
+  for (int64_t row = begin; row < end; ++row) {
     const int64_t offset = rows.head(row) * a.head_size;
     for_each_vector(a.head_size, [&](int64_t i, auto lanes) {
       store(static_cast<T*>(a.dq) + offset + i, load(a.dq_sum + offset + i, lanes), lanes);
@@ -280,24 +174,81 @@ void round_dq(const AttentionBackward& a, int32_t segment, int32_t key_head) {
   }
 }
 
-// A task is a whole family, a root segment with its children: nobody else adds to the same
-// gradients, so the order of every sum is fixed.
+// All gradients of the keys of a segment, then of its own queries: they have seen their last key.
+template <class T>
+void backward_whole_segment(const AttentionBackward& a, int32_t segment, int32_t key_head) {
+  const int64_t count = a.layout.starts[segment + 1] - a.layout.starts[segment];
+  for (int64_t first = 0; first < count; first += kKeys) {
+    backward_key_tile<T>(a, segment, key_head, first, kAll);
+  }
+  const QueryRows rows(a, segment, key_head);
+  round_dq<T>(a, rows, 0, rows.count());
+}
+
+// A task is a whole family, a root segment with its children: scores are computed once for all
+// three gradients, and nobody else adds to them.
 template <class T>
 void backward(const AttentionBackward& a, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     const AttentionTask& task = a.tasks[i];
-    const int32_t* child = a.layout.children + a.layout.children_starts[task.segment];
-    const int32_t* last_child = a.layout.children + a.layout.children_starts[task.segment + 1];
-    backward_keys_of<T>(a, task.segment, task.key_head);
-    for (const int32_t* c = child; c < last_child; ++c) backward_keys_of<T>(a, *c, task.key_head);
-    round_dq<T>(a, task.segment, task.key_head);
-    for (const int32_t* c = child; c < last_child; ++c) round_dq<T>(a, *c, task.key_head);
+    backward_whole_segment<T>(a, task.segment, task.key_head);
+    for (int32_t c = a.layout.children_starts[task.segment];
+         c < a.layout.children_starts[task.segment + 1]; ++c) {
+      backward_whole_segment<T>(a, a.layout.children[c], task.key_head);
+    }
+  }
+}
+
+// The same sums in the same order, in more and smaller tasks that compute the scores twice.
+
+template <class T>
+void backward_keys(const AttentionBackward& a, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    const AttentionTask& task = a.tasks[i];
+    backward_key_tile<T>(a, task.segment, task.key_head, task.first_row, kKeyGradients);
+  }
+}
+
+template <class T>
+void backward_queries_over(const AttentionBackward& a, const QueryRows& rows, int64_t first,
+                           const KeyRun<T>& run, QueryGradientTile& queries) {
+  KeyGradientTile keys;
+  const Span all = cover(queries.positions, queries.rows, a.window, run.position, run.count);
+  for (int64_t key = all.begin / kKeys * kKeys; key < all.end; key += kKeys) {
+    keys.read(run, key, a.head_size);
+    backward_tiles(queries, keys, a.window, kQueryGradients);
+    add_dq(queries, a, rows, first);
+  }
+}
+
+template <class T>
+void backward_queries(const AttentionBackward& a, int64_t begin, int64_t end) {
+  QueryGradientTile queries;
+  for (int64_t i = begin; i < end; ++i) {
+    const AttentionTask& task = a.tasks[i];
+    const QueryRows rows(a, task.segment, task.key_head);
+    read_rows<T>(queries, a, rows, task.first_row);
+    const int32_t prefix = a.layout.prefix[task.segment];
+    if (prefix >= 0) {
+      const KeyRun<T> run = keys_of<T>(a, prefix, task.key_head);
+      backward_queries_over(a, rows, task.first_row, run, queries);
+    }
+    const KeyRun<T> run = keys_of<T>(a, task.segment, task.key_head);
+    backward_queries_over(a, rows, task.first_row, run, queries);
+    round_dq<T>(a, rows, task.first_row, task.first_row + queries.rows);
   }
 }
 
 }  // namespace
 
-const AttentionKernels FASTLLM_ISA::attention = {kRows, FASTLLM_FORMATS(forward),
-                                                 FASTLLM_FORMATS(delta), FASTLLM_FORMATS(backward)};
+const AttentionKernels FASTLLM_ISA::attention = {
+    kRows,
+    kKeys,
+    FASTLLM_FORMATS(forward),
+    FASTLLM_FORMATS(delta),
+    FASTLLM_FORMATS(backward),
+    FASTLLM_FORMATS(backward_keys),
+    FASTLLM_FORMATS(backward_queries),
+};
 
 }  // namespace fastllm

@@ -89,12 +89,13 @@ void check_children(const Arguments& check, Layout& layout, const Tensor& childr
 
 // ---- attention -----------------------------------------------------------------------------------
 
-// Blocks of query rows of every segment and key head.
-std::vector<AttentionTask> forward_tasks(const Layout& layout, const Shapes& s, int64_t block) {
+// Blocks of rows of every segment and key head, for segments that lie between `starts` and have
+// `rows_each` rows for each unit of length.
+std::vector<AttentionTask> block_tasks(const Layout& layout, const Shapes& s, const int32_t* starts,
+                                       int64_t rows_each, int64_t block) {
   std::vector<AttentionTask> tasks;
   for (int32_t segment = 0; segment < layout.segments; ++segment) {
-    const int64_t queries = layout.query_starts[segment + 1] - layout.query_starts[segment];
-    const int64_t rows = queries * (s.heads / s.key_heads);
+    const int64_t rows = (starts[segment + 1] - starts[segment]) * rows_each;
     for (int32_t head = 0; head < s.key_heads; ++head) {
       for (int64_t first = 0; first < rows; first += block) {
         tasks.push_back({segment, head, static_cast<int32_t>(first)});
@@ -104,8 +105,17 @@ std::vector<AttentionTask> forward_tasks(const Layout& layout, const Shapes& s, 
   return tasks;
 }
 
+std::vector<AttentionTask> query_tasks(const Layout& layout, const Shapes& s) {
+  return block_tasks(layout, s, layout.query_starts, s.heads / s.key_heads,
+                     kernels().attention.query_rows_per_task);
+}
+
+std::vector<AttentionTask> key_tasks(const Layout& layout, const Shapes& s) {
+  return block_tasks(layout, s, layout.starts, 1, kernels().attention.keys_per_task);
+}
+
 // Every root segment, with its children, and key head.
-std::vector<AttentionTask> backward_tasks(const Layout& layout, const Shapes& s) {
+std::vector<AttentionTask> family_tasks(const Layout& layout, const Shapes& s) {
   std::vector<AttentionTask> tasks;
   for (int32_t segment = 0; segment < layout.segments; ++segment) {
     if (layout.prefix[segment] >= 0) continue;
@@ -122,8 +132,7 @@ Two attention_forward(Tensor q, Tensor k, Tensor v, Tensor starts, Tensor prefix
   const Layout layout =
       check_layout(check, s, starts, prefix, positions, query_rows, query_starts);
 
-  const AttentionKernels& kernel = kernels().attention;
-  const auto tasks = forward_tasks(layout, s, kernel.query_rows_per_task);
+  const auto tasks = query_tasks(layout, s);
   Tensor out = like(q);
   Tensor lse = empty(q, ScalarType::Float, {s.queries, s.heads});
   const AttentionForward arguments = {
@@ -140,7 +149,7 @@ Two attention_forward(Tensor q, Tensor k, Tensor v, Tensor starts, Tensor prefix
       static_cast<float>(scale),
       window,
   };
-  parallel_tasks(kernel.forward[format], arguments, tasks.size());
+  parallel_tasks(kernels().attention.forward[format], arguments, tasks.size());
   return {out, lse};
 }
 
@@ -153,6 +162,28 @@ Tensor attention_delta(const Tensor& dout, const Tensor& out, const Tensor& lse,
   parallel(kernels().attention.delta[format], arguments, lse.numel(),
            2 * head_size * dout.element_size());
   return delta;
+}
+
+// Families leave threads without work where they are few: then the two parts, for 7/5 of the work.
+bool few_families(int64_t families) {
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t rounds = (families + threads - 1) / threads;
+  return 7 * families < 5 * rounds * threads;
+}
+
+void run_backward(AttentionBackward& arguments, const Shapes& s, Format format) {
+  const AttentionKernels& kernel = kernels().attention;
+  auto run = [&](const std::vector<AttentionTask>& tasks, Kernel<AttentionBackward> part) {
+    arguments.tasks = tasks.data();
+    parallel_tasks(part, arguments, tasks.size());
+  };
+  const auto families = family_tasks(arguments.layout, s);
+  if (few_families(families.size())) {
+    run(key_tasks(arguments.layout, s), kernel.backward_keys[format]);
+    run(query_tasks(arguments.layout, s), kernel.backward_queries[format]);
+  } else {
+    run(families, kernel.backward[format]);
+  }
 }
 
 Three attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
@@ -169,11 +200,10 @@ Three attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, 
   check_children(check, layout, children_starts, children);
 
   const Tensor delta = attention_delta(dout, out, lse, format, s.head_size);
-  const auto tasks = backward_tasks(layout, s);
   Tensor dq_sum = zeros(q, ScalarType::Float, {s.queries, s.heads, s.head_size});
   Tensor dq = format == kFloat32 ? dq_sum : like(q);
   Tensor dk = like(k), dv = like(v);
-  const AttentionBackward arguments = {
+  AttentionBackward arguments = {
       data<void>(q),
       data<void>(k),
       data<void>(v),
@@ -185,14 +215,14 @@ Three attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, 
       dk.mutable_data_ptr(),
       dv.mutable_data_ptr(),
       layout,
-      tasks.data(),
+      nullptr,
       s.heads,
       s.key_heads,
       s.head_size,
       static_cast<float>(scale),
       window,
   };
-  parallel_tasks(kernels().attention.backward[format], arguments, tasks.size());
+  run_backward(arguments, s, format);
   return {dq, dk, dv};
 }
 

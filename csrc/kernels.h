@@ -102,12 +102,12 @@ struct Layout {
   const int32_t* children;         // [E] segments that continue a segment (backward only)
 };
 
-// Forward: a block of query rows of one segment and one key head. Row r of a segment is head
-// r % (H / K) of its query r / (H / K). Backward: a root segment, its children, and one key head.
+// One key head, and of a segment a block of query rows, a block of keys, or the whole family: a root
+// segment with its children. Row r of a segment's query rows is head r % (H / K) of query r / (H / K).
 struct AttentionTask {
   int32_t segment;
   int32_t key_head;
-  int32_t first_row;  // forward only; a multiple of query_rows_per_task
+  int32_t first_row;  // of the block, counted from the segment's first
 };
 
 struct AttentionForward {
@@ -149,10 +149,14 @@ struct AttentionBackward {
 };
 
 struct AttentionKernels {
-  int64_t query_rows_per_task;                   // a query row is one head of one query
-  Kernel<AttentionForward> forward[kFormats];    // tasks: blocks of query rows
-  Kernel<AttentionDelta> delta[kFormats];        // rows of [N * H, D]
-  Kernel<AttentionBackward> backward[kFormats];  // tasks: a root segment with its children
+  int64_t query_rows_per_task, keys_per_task;
+  Kernel<AttentionForward> forward[kFormats];  // tasks: blocks of query rows
+  Kernel<AttentionDelta> delta[kFormats];      // rows of [N * H, D]
+  // All gradients at once; or, where there are fewer families than threads, in two parts that
+  // together cost 7/5 of that. The numbers are the same.
+  Kernel<AttentionBackward> backward[kFormats];          // tasks: families
+  Kernel<AttentionBackward> backward_keys[kFormats];     // tasks: blocks of keys; dk and dv
+  Kernel<AttentionBackward> backward_queries[kFormats];  // tasks: blocks of query rows; dq
 };
 
 // ---- decode_attention ----------------------------------------------------------------------------

@@ -11,7 +11,7 @@ namespace {
 using fastllm::kMaxHeadSize;
 
 constexpr int kKeys = 64;   // keys per tile
-constexpr int kRows = 96;   // query rows per tile: one row is one head of one query
+constexpr int kRows = 64;   // query rows per tile: one row is one head of one query
 constexpr int kAlign = 16;  // spans of keys are widened to multiples of this (and of any vector)
 
 // Rows and vectors that a product keeps in registers: AVX-512 and NEON have 32 of them.

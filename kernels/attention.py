@@ -8,14 +8,14 @@ program, in a fixed order: the backward pass needs no atomics and is determinist
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import is_cuda, on_tensor_device
+from .launch import on_tensor_device
 from .numerics import LN2, LOG2E, LOWEST, dot, dot_precision, narrow
 from .spans import (
     first_span,
@@ -26,15 +26,7 @@ from .spans import (
     visible,
 )
 from .tiles import NO_WINDOW, head_block, load_rows, softmax_step, store_rows
-
-
-class Tiling(NamedTuple):
-    """Rows of a query tile and of a key tile, and how a kernel is scheduled."""
-
-    queries: int
-    keys: int
-    warps: int
-    stages: int
+from .tilings import Tiling, dkdv_tiling, dq_tiling, forward_tiling
 
 
 @on_tensor_device
@@ -56,7 +48,7 @@ def forward(
     queries, heads = q.shape[:2]
     out = torch.empty_like(q)
     lse = torch.empty((queries, heads), dtype=torch.float32, device=q.device)
-    tiling = _forward_tiling(q, layout)
+    tiling = forward_tiling(q, layout)
     tiles = layout.query_tiles(tiling.queries)
     if queries:
         attention_forward_kernel[(tiles.shape[0], heads)](
@@ -92,7 +84,7 @@ def backward(
     # rowsum(dout * out), which the kernel of dq leaves for the kernel of dk and dv.
     delta = torch.empty_like(lse)
     window = window or NO_WINDOW
-    tiling = _dq_tiling(q, layout)
+    tiling = dq_tiling(q, layout)
     tiles = layout.query_tiles(tiling.queries)
     if queries:
         attention_dq_kernel[(tiles.shape[0], heads)](
@@ -110,7 +102,7 @@ def backward(
             window,
             **_constants(q, k, tiling),
         )
-    tiling = _dkdv_tiling(q)
+    tiling = dkdv_tiling(q)
     tiles = layout.key_tiles(tiling.keys)
     if k.numel():
         attention_dkdv_kernel[(tiles.shape[0], k.shape[1])](
@@ -156,34 +148,6 @@ def _constants(q: Tensor, k: Tensor, tiling: Tiling) -> dict[str, Any]:
         "num_warps": tiling.warps,
         "num_stages": tiling.stages,
     }
-
-
-def _forward_tiling(q: Tensor, layout: Any) -> Tiling:
-    wide = head_block(q.shape[2]) > 128
-    if q.element_size() == 4:
-        return Tiling(32, 32, 4, 1)
-    # A tile never reaches into the next segment, so short segments want short tiles.
-    if layout.num_queries <= 32 * layout.num_segments:
-        return Tiling(16, 64, 4, 2)
-    if layout.num_queries <= 96 * layout.num_segments or wide:
-        return Tiling(64, 64, 4, 2)
-    return Tiling(128, 64, 8, 3 if is_cuda() else 1)
-
-
-def _dq_tiling(q: Tensor, layout: Any) -> Tiling:
-    wide = head_block(q.shape[2]) > 128
-    if q.element_size() == 4:
-        return Tiling(32, 32, 4, 1)
-    if layout.num_queries <= 32 * layout.num_segments:
-        return Tiling(16, 64, 4, 1)
-    return Tiling(64, 32 if wide else 64, 4, 1 if wide or not is_cuda() else 2)
-
-
-def _dkdv_tiling(q: Tensor) -> Tiling:
-    wide = head_block(q.shape[2]) > 128
-    if q.element_size() == 4:
-        return Tiling(32, 32, 4, 1)
-    return Tiling(32 if wide else 64, 64, 8 if wide else 4, 1 if wide or not is_cuda() else 2)
 
 
 @triton.jit(do_not_specialize=["scale", "window"])

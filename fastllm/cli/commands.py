@@ -18,6 +18,7 @@ SAMPLING = "sampling"
 
 DEFAULT_EVAL_FRACTION = 0.05
 DEFAULT_BLOCK_SIZE = 1024
+DEFAULT_COMPLETION_LENGTH = 64
 
 
 @dataclass(frozen=True)
@@ -163,13 +164,13 @@ def _lora() -> list[Option]:
 
 
 def _fields(config: type) -> list[Option]:
-    """The config's fields; every run of the command line reports held-out figures."""
+    """The config's fields, with the defaults that the command line has of its own."""
+    own = {
+        "eval_fraction": f"{DEFAULT_EVAL_FRACTION} without --eval_data",
+        "max_completion_length": DEFAULT_COMPLETION_LENGTH,
+    }
     options = options_of(config, TRAINING, skip=["output_dir", "overwrite_output_dir"])
-    held_out = f"{DEFAULT_EVAL_FRACTION} without --eval_data"
-    return [
-        replace(option, default=held_out) if option.name == "eval_fraction" else option
-        for option in options
-    ]
+    return [replace(option, default=own.get(option.name, option.default)) for option in options]
 
 
 def _tokenizer(default: str) -> Option:

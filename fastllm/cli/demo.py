@@ -7,14 +7,12 @@ from typing import Any
 
 from .folder import check_run_folder
 
-STAGES = ("sft", "rm", "grpo")
-
 
 def demo(values: dict[str, Any]) -> int:
     """SFT, a reward model and GRPO on generated tasks, with a table at the end."""
     out = values.get("out", Path("runs/demo"))
-    for stage in STAGES:
-        check_run_folder(out / stage, overwrite=values.get("overwrite", False))
+    for folder in (out, *sorted(out.glob("*/"))):
+        check_run_folder(folder, overwrite=values.get("overwrite", False))
     from fastllm.demo import run_demo
     from fastllm.training.logging import configure_logging
 

@@ -135,8 +135,8 @@ def _load(values: dict[str, Any], kind: type) -> tuple[Any, Tokenizer]:
     from fastllm.data import choose_tokenizer
     from fastllm.model import weights
     from fastllm.training.config import TrainingConfig
-    from fastllm.training.logging import configure_logging
     from fastllm.training.devices import pick_device, pick_dtype
+    from fastllm.training.logging import configure_logging
     from fastllm.training.start import tokenizer_of
 
     configure_logging()

@@ -192,7 +192,8 @@ def convert(value: Any, hint: Any, name: str) -> Any:
     Raises:
         UsageError: saying for `name` what was expected and what was found.
     """
-    if _is_optional(hint) and (value is None or _word(value) in _NONE):
+    only = value[0] if isinstance(value, list) and len(value) == 1 else value
+    if _is_optional(hint) and (only is None or _word(only) in _NONE):
         return None
     hint = _without_none(hint)
     try:

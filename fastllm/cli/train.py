@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .commands import DEFAULT_BLOCK_SIZE, DEFAULT_EVAL_FRACTION
+from .commands import DEFAULT_BLOCK_SIZE, DEFAULT_COMPLETION_LENGTH, DEFAULT_EVAL_FRACTION
 from .folder import check_run_folder
 from .options import UsageError
 from .summary import print_summary
@@ -61,6 +61,7 @@ def grpo(values: dict[str, Any]) -> int:
     if not models and not functions:
         raise UsageError("grpo needs --reward PATH or --reward_func MODULE:FUNCTION")
     policy = values.pop("policy")
+    values.setdefault("max_completion_length", DEFAULT_COMPLETION_LENGTH)
     prompts, out = _prepare(values, GRPOConfig, "runs/grpo")
     rewards = [load_function(name) for name in functions or ()]
     from fastllm.training.grpo import train_grpo

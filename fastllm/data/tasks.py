@@ -73,9 +73,22 @@ def generate_tasks(
     return tasks
 
 
-def demonstrations(tasks: Iterable[Task]) -> list[dict[str, str]]:
-    """Return SFT records: the task and its right answer."""
-    return [{"prompt": task.prompt, "completion": task.answer} for task in tasks]
+def demonstrations(
+    tasks: Iterable[Task], careless: float = 0.0, seed: int = 0
+) -> list[dict[str, str]]:
+    """Return SFT records: the task and its answer.
+
+    A share of `careless` of them, drawn at random, has the careless answer instead of the right
+    one, as demonstrations that people write do.
+    """
+    rng = random.Random(f"demonstrations {seed}")
+    return [
+        {
+            "prompt": task.prompt,
+            "completion": careless_answer(task) if rng.random() < careless else task.answer,
+        }
+        for task in tasks
+    ]
 
 
 def preference_pairs(tasks: Iterable[Task], seed: int) -> list[dict[str, str]]:
@@ -215,6 +228,60 @@ def _is_heldout(prompt: str) -> bool:
 # --- wrong answers -------------------------------------------------------------------------
 
 
+def careless_answer(task: Task) -> str:
+    """Return what somebody answers who always takes the same short cut.
+
+    Columns are added without carrying and subtracted the smaller from the larger; the last step
+    of a chain is left out; a word keeps its first letter when reversed, only gets its smallest
+    letter to the front when sorted, and loses its last letter when copied; the last letter is
+    not counted. Often that is wrong, sometimes it is right.
+    """
+    return _SHORT_CUTS[task.kind](task.prompt)
+
+
+def _without_carrying(prompt: str) -> str:
+    a, b = prompt.rstrip("=").split("+")
+    width = max(len(a), len(b))
+    columns = [int(x) + int(y) for x, y in zip(a.zfill(width), b.zfill(width), strict=True)]
+    return str(columns[0]) + "".join(str(c % 10) for c in columns[1:])
+
+
+def _smaller_from_larger(prompt: str) -> str:
+    a, b = prompt.rstrip("=").split("-")
+    digits = [abs(int(x) - int(y)) for x, y in zip(a, b.zfill(len(a)), strict=True)]
+    return str(int("".join(map(str, digits))))
+
+
+def _without_last_step(prompt: str) -> str:
+    a, b = prompt.split("-")[0].split("+")
+    return str(int(a) + int(b))
+
+
+def _word_of(prompt: str) -> str:
+    return prompt.split()[-1].rstrip(">")
+
+
+def _smallest_first(prompt: str) -> str:
+    word = _word_of(prompt)
+    place = word.index(min(word))
+    return word[place] + word[:place] + word[place + 1 :]
+
+
+def _count_short(prompt: str) -> str:
+    return str(_word_of(prompt)[:-1].count(prompt.split()[1]))
+
+
+_SHORT_CUTS: dict[str, Callable[[str], str]] = {
+    "add": _without_carrying,
+    "sub": _smaller_from_larger,
+    "chain": _without_last_step,
+    "copy": lambda prompt: _word_of(prompt)[:-1],
+    "rev": lambda prompt: _word_of(prompt)[0] + _word_of(prompt)[:0:-1],
+    "sort": _smallest_first,
+    "count": _count_short,
+}
+
+
 def wrong_answer(task: Task, rng: random.Random) -> str:
     """Return a wrong answer of the kind that a model in training gives: nearly right."""
     slips = _NUMBER_SLIPS if task.answer.isdigit() else _WORD_SLIPS
@@ -267,8 +334,12 @@ def _doubled(task: Task, rng: random.Random) -> str:
 
 def _unchanged(task: Task, rng: random.Random) -> str:
     """The word itself, as if nothing had been asked of it."""
-    return task.prompt.split()[-1].rstrip(">")
+    return _word_of(task.prompt)
 
 
-_NUMBER_SLIPS = (_near, _one_digit_off, _another_digit, _swapped, _dropped, _doubled)
-_WORD_SLIPS = (_another_letter, _swapped, _dropped, _doubled, _unchanged)
+def _careless(task: Task, rng: random.Random) -> str:
+    return careless_answer(task)
+
+
+_NUMBER_SLIPS = (_near, _one_digit_off, _another_digit, _swapped, _dropped, _doubled, _careless)
+_WORD_SLIPS = (_another_letter, _swapped, _dropped, _doubled, _unchanged, _careless)

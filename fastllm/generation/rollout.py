@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..layout import PackedLayout
 from ..model import Transformer
-from ..ops.linear_logprob import _matmul as matmul_fp32
+from ..ops.linear_logprob import wide_matmul
 from .cache import DecodeAttend, KVCache, PrefillAttend
 from .sampling import Draw, SamplingParams, sample, uniforms
 
@@ -195,7 +195,7 @@ class Rollout:
         )
         ended = self._draw(running, self._logits(self._trunk(running.token, attend)))
         self._longest += 1
-        pass
+        self._furthest += 1
         if ended.any():
             self._cache.give_back(running.row[ended])
             self._running = running.without(ended)
@@ -215,7 +215,7 @@ class Rollout:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """[N, C] -> [N, V] in fp32, as the trainer's `linear_logprob` forms them."""
-        return matmul_fp32(hidden, self._head.t())
+        return wide_matmul(hidden, self._head.t())
 
     # -- bookkeeping ---------------------------------------------------------------------------
 

@@ -26,6 +26,12 @@ ROPE_TYPES: dict[str, tuple[str, ...]] = {
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 # What transformers takes for a key that a `config.json` leaves out, where that is not our default.
+_QWEN_DEFAULTS: dict[str, Any] = {
+    "num_key_value_heads": 32,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
 _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"bos_token_id": 1, "eos_token_id": 2},
     "mistral": {
@@ -34,13 +40,8 @@ _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "sliding_window": 4096,
     },
-    "qwen2": {"num_key_value_heads": 32, "use_sliding_window": False, "max_window_layers": 28},
-    "qwen3": {
-        "num_key_value_heads": 32,
-        "head_dim": 128,
-        "use_sliding_window": False,
-        "max_window_layers": 28,
-    },
+    "qwen2": _QWEN_DEFAULTS,
+    "qwen3": _QWEN_DEFAULTS | {"head_dim": 128},
 }
 
 # Keys that name code to run or where a file came from: not written back.

@@ -64,7 +64,7 @@ def linear_logprob_reference(
     """The definition of `linear_logprob` in PyTorch, in recomputed chunks."""
 
     def of_chunk(rows: Tensor, weight: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        z = _matmul(rows, weight.t())
+        z = wide_matmul(rows, weight.t())
         z = softcap * torch.tanh(z / softcap) if softcap else z
         logp = torch.log_softmax(z / temperature, dim=-1)
         return logp.gather(1, ids[:, None]).squeeze(1), -(logp.exp() * logp).sum(-1)
@@ -90,7 +90,7 @@ class _LinearLogprob(torch.autograd.Function):
         targets = targets.long().contiguous()
         size = _chunk_rows(weight.shape[0], hidden.device)
         parts = [
-            raw.forward(_matmul(rows, weight.t()), ids, temperature, softcap)
+            raw.forward(wide_matmul(rows, weight.t()), ids, temperature, softcap)
             for rows, ids in zip(hidden.split(size), targets.split(size), strict=True)
         ]
         logp, entropy, lse = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -108,7 +108,7 @@ class _LinearLogprob(torch.autograd.Function):
         size = _chunk_rows(weight.shape[0], hidden.device)
         for first in range(0, hidden.shape[0], size):
             chunk = slice(first, first + size)
-            logits = _matmul(hidden[chunk], weight.t())
+            logits = wide_matmul(hidden[chunk], weight.t())
             ctx.raw.backward_(
                 logits,
                 targets[chunk],
@@ -120,9 +120,9 @@ class _LinearLogprob(torch.autograd.Function):
                 ctx.softcap,
             )
             if needs_hidden:
-                dhidden[chunk] = _matmul(logits, weight)
+                dhidden[chunk] = wide_matmul(logits, weight)
             if dweight is not None:
-                dweight += _matmul(logits.t(), hidden[chunk])
+                dweight += wide_matmul(logits.t(), hidden[chunk])
         return (
             dhidden if needs_hidden else None,
             None if dweight is None else dweight.to(weight.dtype),
@@ -130,7 +130,7 @@ class _LinearLogprob(torch.autograd.Function):
         )
 
 
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
+def wide_matmul(a: Tensor, b: Tensor) -> Tensor:
     """a b with an fp32 result (fp64 for fp64), in the tensor cores' precision on a GPU."""
     narrow = {a.dtype, b.dtype} & {torch.bfloat16, torch.float16}
     if a.is_cuda and narrow:

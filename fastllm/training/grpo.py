@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,7 @@ class GRPOTrainer(Trainer):
             self.dtype,
         )
         self._extra_metrics: dict[str, Metric] = {}
+        self._extra_columns: dict[str, list[Any]] = {}
         self._reference = self._reference_model()
 
     def source(self) -> RolloutSource:
@@ -173,11 +175,10 @@ class GRPOTrainer(Trainer):
         metrics |= {
             "entropy": (entropy.detach().sum(), count),
             "sampling/sampling_logp_difference/mean": (difference.sum(), count),
-            **self._extra_metrics,
+            **self._take_extra_metrics(),
         }
         if count:
             metrics["sampling/sampling_logp_difference/max"] = (difference.max(), 1)
-        self._extra_metrics = {}
         return loss, metrics
 
     def evaluation_passes(self) -> list[Pass] | None:
@@ -200,7 +201,9 @@ class GRPOTrainer(Trainer):
         )
         rollout = as_rollout(held, completions, self.processing_class)
         total, each = self.rewards(rollout, **self._context())
+        self._extra_columns.clear()
         averages = Averages()
+        averages.add(self._take_extra_metrics())
         columns = zip(
             ["reward", *self._reward_metric_names()], [total, *each.unbind(1)], strict=True
         )
@@ -260,24 +263,35 @@ class GRPOTrainer(Trainer):
         """What TRL passes to every reward function beside the data."""
         return {
             "trainer_state": self.state,
-            "log_extra": lambda column, values: None,
+            "log_extra": self._log_extra,
             "log_metric": self._log_metric,
         }
 
     def _log_metric(self, name: str, value: float) -> None:
-        self._extra_metrics[name] = (float(value), 1)
+        total, count = self._extra_metrics.get(name, (0.0, 0))
+        self._extra_metrics[name] = (total + float(value), count + 1)
+
+    def _take_extra_metrics(self) -> dict[str, Metric]:
+        taken, self._extra_metrics = self._extra_metrics, {}
+        return taken
+
+    def _log_extra(self, column: str, values: Iterable[Any]) -> None:
+        self._extra_columns.setdefault(column, []).extend(values)
 
     def _write_completions(self, rollout: Rollout, rewards: Tensor) -> None:
+        extra, self._extra_columns = self._extra_columns, {}
         step = self.state.global_step
         due = step % self.args.logging_steps == 0
         if not (self.args.log_completions and due and distributed.is_main()):
             return
-        rows = zip(rollout.prompts, rollout.completions, rewards.tolist(), strict=True)
+        known = [None if math.isnan(reward) else reward for reward in rewards.tolist()]
+        rows = zip(rollout.prompts, rollout.completions, known, strict=True)
         path = Path(self.args.output_dir) / "completions.jsonl"
         with path.open("a", encoding="utf-8") as file:
-            for prompt, completion, reward in rows:
+            for i, (prompt, completion, reward) in enumerate(rows):
                 row = {"step": step, "prompt": prompt, "completion": completion, "reward": reward}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                row |= {name: values[i] for name, values in extra.items() if i < len(values)}
+                file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
 
 
 def _listed(value: Any) -> list[Any]:

@@ -52,7 +52,8 @@ def grpo_loss(tokens: Tokens, config: GRPOConfig) -> tuple[Tensor, dict[str, Met
         log_ratio = _sequence_mean(log_ratio, tokens)
     ratio = log_ratio.exp()
     advantage = tokens.advantages[tokens.sequence]
-    low, high = config.epsilon, config.epsilon_high or config.epsilon
+    low = config.epsilon
+    high = low if config.epsilon_high is None else config.epsilon_high
     if config.loss_type == "cispo":
         loss = -ratio.clamp(max=high).detach() * advantage * tokens.logp
     else:

@@ -137,19 +137,28 @@ class _Loop:
         self.state.is_world_process_zero = distributed.is_main()
         self.loss_sum, self.started = 0.0, time.perf_counter()
         self.window_tokens, self.window_start = 0, self.started
-        self.last_saved, self.resumed = -1, False
+        self.resumed = False
+        self.done: dict[str, int] = {}  # the step after which each of these was last done
+        self.duties = {"log": self._log_line, "eval": self.evaluate, "save": self.save}
         self.device = next(model.parameters()).device
 
     def run(self) -> TrainOutput:
-        state, first = self.state, self.state.global_step
+        first = self.state.global_step
         self._call("on_train_begin")
         with self._open_log(first) as self.metrics_log, self._open_progress(first) as self.progress:
-            while state.global_step < state.max_steps and not self.control.should_training_stop:
+            while not self._ended:
                 self._step()
                 self._after_step()
-            self._finish()
+                self.control.should_log = False
+                self.control.should_evaluate = self.control.should_save = False
+            self._after_step()  # in case a callback asked to stop as the last thing
         self._call("on_train_end")
         return self._output(first)
+
+    @property
+    def _ended(self) -> bool:
+        steps_left = self.state.global_step < self.state.max_steps
+        return self.control.should_training_stop or not steps_left
 
     def _open_log(self, first: int) -> AbstractContextManager[MetricsLog | None]:
         """The main process writes metrics.jsonl; the others have none."""
@@ -166,10 +175,12 @@ class _Loop:
 
     def _step(self) -> None:
         """One optimizer step over all of its passes."""
-        self._call("on_step_begin")
         step = self.state.global_step
+        if step % self.source.steps_per_epoch == 0:
+            self._call("on_epoch_begin")
+        self._call("on_step_begin")
         passes = self.source.passes(step)
-        normaliser = distributed.all_reduce_sum(sum(p.weight for p in passes))
+        normaliser = distributed.all_reduce_sum(float(sum(p.weight for p in passes)))
         step_loss = torch.zeros((), device=self.device)
         self.model.train()
         for one in passes:
@@ -181,11 +192,13 @@ class _Loop:
             step_loss = step_loss + loss.detach()
             self.averages.add(metrics)
         rate = learning_rate(self.config, self.peak, step, self.state.max_steps)
-        norm = float(self.optimizer.step(rate))
-        loss_value = float(distributed.all_reduce_sum(step_loss))
+        step_loss = distributed.all_reduce_sum(step_loss)
+        norm, loss_value = float(self.optimizer.step(rate, step_loss)), float(step_loss)
         self._check_finite(step, loss_value, norm)
         self.averages.add(self.source.metrics())
-        self.averages.add({"loss": (loss_value, 1), "grad_norm": (norm, 1)})
+        self.averages.add({"loss": (loss_value, 1)})
+        if math.isfinite(norm):
+            self.averages.add({"grad_norm": (norm, 1)})
         self.loss_sum += loss_value
         tokens = int(distributed.all_reduce_sum(sum(p.tokens for p in passes)))
         self.state.num_input_tokens_seen += tokens
@@ -196,6 +209,8 @@ class _Loop:
         if self.progress is not None:
             self.progress.update(self.state.global_step, tokens)
         self._call("on_step_end")
+        if self.state.global_step % self.source.steps_per_epoch == 0:
+            self._call("on_epoch_end")
 
     def _check_finite(self, step: int, loss: float, norm: float) -> None:
         overflow = self.optimizer.scaler.is_enabled() and math.isfinite(loss)
@@ -210,32 +225,29 @@ class _Loop:
         )
 
     def _after_step(self) -> None:
-        if self.state.global_step % self.config.logging_steps == 0 or self.control.should_log:
-            self._log_line()
-        if self._due("eval") or self.control.should_evaluate:
-            self.evaluate()
-        if self._due("save") or self.control.should_save:
-            self.save()
-        control = self.control
-        control.should_log = control.should_evaluate = control.should_save = False
+        """Log, evaluate and save where it is due, each at most once for a step.
 
-    def _due(self, kind: str) -> bool:
-        """Whether `eval_strategy` or `save_strategy` asks for it after this step."""
-        strategy, step = getattr(self.config, f"{kind}_strategy"), self.state.global_step
-        if kind == "eval" and self.hooks.evaluate is None:
-            return False
-        if strategy == "epoch":
-            return step % self.source.steps_per_epoch == 0
-        every = getattr(self.config, f"{kind}_steps") or self.config.logging_steps
-        return strategy == "steps" and step % every == 0
+        Saving comes last: a checkpoint stands for a step with all of its lines.
+        """
+        for duty, act in self.duties.items():
+            if self.done.get(duty) != self.state.global_step and self._due(duty):
+                act()
+                self.done[duty] = self.state.global_step
 
-    def _finish(self) -> None:
-        if self.state.global_step % self.config.logging_steps:
-            self._log_line()
-        if self.hooks.evaluate is not None and not self._due("eval"):
-            self.evaluate()
-        if self.config.save_strategy != "no" and self.last_saved != self.state.global_step:
-            self.save()
+    def _due(self, duty: str) -> bool:
+        control, config, step = self.control, self.config, self.state.global_step
+        if duty == "log":
+            return control.should_log or self._ended or step % config.logging_steps == 0
+        if duty == "eval":
+            if self.hooks.evaluate is None:
+                return False
+            asked = control.should_evaluate or self._ended
+            strategy, every = config.eval_strategy, config.eval_steps or config.logging_steps
+        else:
+            asked = control.should_save or (self._ended and config.save_strategy != "no")
+            strategy, every = config.save_strategy, config.save_steps
+        every = self.source.steps_per_epoch if strategy == "epoch" else every
+        return asked or (strategy != "no" and step % every == 0)
 
     def _log_line(self) -> None:
         now = time.perf_counter()
@@ -277,7 +289,6 @@ class _Loop:
         random_tensors, random_state = snapshot.random_state(self.device)
         state = {
             "trainer": vars(self.state),
-            "averages": self.averages.state(),
             "scaler": self.optimizer.scaler.state_dict(),
             "loss_sum": self.loss_sum,
         }
@@ -288,10 +299,13 @@ class _Loop:
             tensors,
             state,
             rank_tensors=random_tensors,
-            rank_state={"source": source_state, **random_state},
+            rank_state={
+                "source": source_state,
+                "averages": self.averages.state(),
+                **random_state,
+            },
             save_total_limit=self.config.save_total_limit,
         )
-        self.last_saved = self.state.global_step
         self._call("on_save")
         self.window_start = time.perf_counter()
 
@@ -304,13 +318,13 @@ class _Loop:
         self.optimizer.scaler.load_state_dict(state["scaler"])
         self.averages.restore(state["averages"])
         self.loss_sum = state["loss_sum"]
-        max_steps = self.state.max_steps
-        vars(self.state).update(state["trainer"], max_steps=max_steps)
+        own = {name: getattr(self.state, name) for name in ("max_steps", "is_world_process_zero")}
+        vars(self.state).update(state["trainer"] | own)
         source = {
             n.removeprefix("source."): t for n, t in tensors.items() if n.startswith("source.")
         }
         self.source.restore(source, state["source"])
-        self.last_saved, self.resumed = self.state.global_step, True
+        self.done, self.resumed = dict.fromkeys(self.duties, self.state.global_step), True
         _log.info("resumed at step %d from %s", self.state.global_step, folder)
 
     def _call(self, event: str, **extra: Any) -> None:

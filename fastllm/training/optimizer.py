@@ -43,22 +43,34 @@ class Optimizer:
         """Add the gradients of one pass."""
         self.scaler.scale(loss).backward()
 
-    def step(self, learning_rate: float) -> Tensor:
+    def step(self, learning_rate: float, loss: Tensor) -> Tensor:
         """Update the weights and clear the gradients.
 
+        Args:
+            learning_rate: of this step.
+            loss: the step's loss over all ranks, a scalar.
+
         Returns:
-            The gradient norm before clipping, a scalar. Where it is not finite, no weight was
-            changed.
+            The gradient norm before clipping, a scalar. Where it or the loss is not finite, no
+            weight was changed, on any rank.
         """
+        # Summed before they are unscaled, so that every rank finds the same overflow.
+        distributed.all_reduce_sum_(self._gradients())
         self.scaler.unscale_(self.adamw)
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        distributed.all_reduce_sum_(gradients)
         limit = self._max_norm if self._max_norm > 0 else float("inf")
         norm = nn.utils.clip_grad_norm_(self._parameters, limit)
         for group in self.adamw.param_groups:
             group["lr"] = learning_rate
-        if torch.isfinite(norm):
+        if torch.isfinite(norm) & torch.isfinite(loss):
             self.scaler.step(self.adamw)
         self.scaler.update()
         self.adamw.zero_grad(set_to_none=True)
         return norm
+
+    def _gradients(self) -> list[Tensor]:
+        """This rank's gradients; with several ranks all of them, since one may have no passes."""
+        if distributed.world_size() > 1:
+            for parameter in self._parameters:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+        return [p.grad for p in self._parameters if p.grad is not None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,9 @@ class Rewards:
             **context,
         )
         if inspect.isawaitable(values):
-            values = asyncio.run(_awaited(values))
+            # In a thread of its own: a notebook's thread has a running event loop already.
+            with ThreadPoolExecutor(max_workers=1) as pool:
+                values = pool.submit(asyncio.run, _awaited(values)).result()
         return _checked(values, len(rollout.completions), name)
 
 

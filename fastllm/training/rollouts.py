@@ -86,7 +86,7 @@ class RolloutSource:
         self._prompts_per_rank = per_rank // config.num_generations
         per_rollout = self._prompts_per_rank * distributed.world_size()
         self._sampler = EpochSampler(
-            len(prompts), per_rollout, config.seed, shuffle=config.shuffle_dataset
+            len(prompts), per_rollout, config.seed, shuffle=config.shuffle_dataset, fill=True
         )
         self._steps_per_pass_over = config.passes_per_rollout // config.gradient_accumulation_steps
         self.period = self._steps_per_pass_over * config.num_iterations
@@ -119,6 +119,8 @@ class RolloutSource:
     # -- rollouts ------------------------------------------------------------------------------
 
     def _roll_out(self, rollout: int) -> list[Sample]:
+        # The policy that samples has no dropout, nor does what is remembered of it.
+        self._model.eval()
         config, group = self._config, self._config.num_generations
         rank, world = distributed.rank(), distributed.world_size()
         chosen = [self._prompts[i] for i in self._sampler.indices(rollout, rank, world)]

@@ -5,6 +5,7 @@ Nothing advances, so nothing has to be saved: a resumed run asks for step k and 
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -19,12 +20,15 @@ class EpochSampler:
             takes what is left.
         seed: of the permutations.
         shuffle: False keeps the order of the data.
+        fill: complete the last step of an epoch with examples from the epoch's beginning.
     """
 
-    def __init__(self, size: int, per_step: int, seed: int, shuffle: bool = True) -> None:
+    def __init__(
+        self, size: int, per_step: int, seed: int, shuffle: bool = True, fill: bool = False
+    ) -> None:
         self.size, self.per_step = size, per_step
         self.steps_per_epoch = math.ceil(size / per_step)
-        self._seed, self._shuffle = seed, shuffle
+        self._seed, self._shuffle, self._fill = seed, shuffle, fill
         self._epoch = -1
         self._order: list[int] = []
 
@@ -33,6 +37,9 @@ class EpochSampler:
         epoch, position = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, self._permutation(epoch)
+            if self._fill:
+                whole = self.steps_per_epoch * self.per_step
+                self._order = list(itertools.islice(itertools.cycle(self._order), whole))
         first = position * self.per_step
         return self._order[first : first + self.per_step][rank::world_size]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import shutil
 import tempfile
@@ -13,6 +14,7 @@ from typing import Any
 from ..data.tokenizer import Tokenizer, choose_tokenizer
 from ..model import weights
 from ..model.config import ModelConfig
+from ..model.lora import merge_lora
 from . import distributed
 from .config import TrainingConfig
 
@@ -133,12 +135,17 @@ def finish(trainer: Any, model: str | Path | None) -> None:
     """Write `model_final.pt` and `model_last.pt` for models that were built from scratch,
     here or in the run that this one started from.
 
-    One content under both names: scripts in the field ask for either.
+    One content under both names: scripts in the field ask for either. An adapter is merged into
+    it: a `.pt` file holds one whole model.
     """
     if not distributed.is_main() or not (trainer.from_scratch or _has_pt(model)):
         return
     first, second = (Path(trainer.args.output_dir) / name for name in weights.PT_FILES)
-    weights.save_pt(trainer.model, first, trainer.processing_class.to_json())
+    whole = trainer.model
+    if hasattr(whole, "lora_config"):
+        whole = copy.deepcopy(whole)
+        merge_lora(whole)
+    weights.save_pt(whole, first, trainer.processing_class.to_json())
     shutil.copyfile(first, second)
 
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..data.errors import DataError
-from ..model import adapters, weights
+from ..model import adapters, tensors, weights
 from ..model.config import ModelConfig
-from ..model.lora import LoraConfig, add_lora
+from ..model.lora import LoraConfig, add_lora, merge_lora
 from . import checkpoint, distributed, loop
 from .averages import Averages, Metric
 from .callbacks import Callbacks, TrainerState
@@ -91,6 +91,8 @@ class Trainer:
             ValueError: the run folder holds checkpoints and neither resuming nor
                 `overwrite_output_dir` was asked for.
         """
+        vars(self.state).update(vars(TrainerState()))
+        self._check_adapter_folder()
         resume = self._resume_folder(resume_from_checkpoint)
         if resume is not None:
             saved = weights.load_model(resume, self.model_class)
@@ -115,6 +117,7 @@ class Trainer:
         if distributed.is_main():
             self.save_model(Path(self.args.output_dir))
         distributed.barrier()
+        self.model.eval()
         return output
 
     @torch.no_grad()
@@ -155,11 +158,15 @@ class Trainer:
         return self.args.pretrained_learning_rate()
 
     def _load(self, model: str | Path | nn.Module | ModelConfig) -> Any:
+        torch.manual_seed(self.args.seed)
         if isinstance(model, ModelConfig):
-            torch.manual_seed(self.args.seed)
             return self.model_class(model)
         if isinstance(model, str | Path):
-            return self._from_path(model)
+            loaded = self._from_path(model)
+            if hasattr(loaded, "lora_config"):  # part of the base from now on, as on loading it
+                merge_lora(loaded)
+                loaded.requires_grad_(True)
+            return loaded
         if isinstance(model, self.model_class):
             return model
         return weights.from_transformers(model, self.model_class)
@@ -190,6 +197,15 @@ class Trainer:
         self.model.model.compute_dtype = self.dtype
         self.model.model.gradient_checkpointing = self.args.gradient_checkpointing
 
+    def _check_adapter_folder(self) -> None:
+        """An adapter cannot lie where a whole model is: say so before training, not after."""
+        run = Path(self.args.output_dir)
+        whole = [name for name in (tensors.WEIGHTS, tensors.INDEX) if (run / name).exists()]
+        if whole and hasattr(self.model, "lora_config"):
+            raise ValueError(
+                f"{run} holds a whole model ({whole[0]}): choose another output_dir for the adapter"
+            )
+
     def _resume_folder(self, resume: str | Path | bool | None) -> Path | None:
         run = Path(self.args.output_dir)
         checkpoint.clean_stale(run)
@@ -200,8 +216,10 @@ class Trainer:
                     f"{run} holds checkpoints of an earlier run (newest: {existing[0].name}); "
                     "resume it, set overwrite_output_dir, or choose another folder"
                 )
-            for folder in existing:
-                shutil.rmtree(folder)
+            if distributed.is_main():
+                for folder in existing:
+                    shutil.rmtree(folder)
+            distributed.barrier()
             return None
         if resume in (True, "auto"):
             return checkpoint.latest_checkpoint(run)

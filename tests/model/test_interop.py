@@ -194,6 +194,29 @@ def test_low_precision_files(dtype: torch.dtype, tmp_path: Path, tokens: Tensor)
         assert torch.equal(again(tokens).logits, theirs(tokens).logits)
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "given", [{}, {"sliding_window": 8}, {"use_sliding_window": True}], ids=str
+)
+def test_keys_that_are_left_out(family: str, given: dict[str, Any]) -> None:
+    """What a config.json does not say means the same in both."""
+    raw = {"model_type": family, "num_attention_heads": 64} | given
+    raw |= {key: SIZES[key] for key in ("vocab_size", "intermediate_size")}
+    raw |= {"hidden_size": 64 * 128, "num_hidden_layers": 30}
+    theirs = transformers.AutoConfig.for_model(**raw)
+    ours = ModelConfig.from_dict(raw)
+    for key in ("num_key_value_heads", "rms_norm_eps", "tie_word_embeddings", "eos_token_id"):
+        assert getattr(ours, key) == getattr(theirs, key), key
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or 128)
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    # Llama has no windows, whatever its config.json says.
+    window = None if family == "llama" else theirs.sliding_window
+    default = ["full_attention" if window is None else "sliding_attention"] * 30
+    kinds = getattr(theirs, "layer_types", None) or default
+    expected = [window if kind == "sliding_attention" else None for kind in kinds]
+    assert [ours.window(layer) for layer in range(30)] == expected
+
+
 # -- reward models ---------------------------------------------------------------------------------
 
 
