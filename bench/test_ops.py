@@ -21,7 +21,7 @@ def _cases():
                 yield pytest.param(suite, case, contender, backward, id=name)
 
 
-@pytest.mark.parametrize(("suite", "case", "contender", "backward"), _cases())
+@pytest.mark.parametrize(("suite", "case", "contender", "backward"), list(_cases()))
 def test_op(benchmark, suite, case, contender, backward):
     problem = harness.Problem(suite, case, DEVICE, torch.float32)
     call = problem.forward_backward if backward else problem.forward

@@ -92,7 +92,7 @@ void delta(const AttentionDelta& a, int64_t begin, int64_t end) {
   }
 }
 
-// ---- Backward ------------------------------------------------------------------------------------
+// ---- Backward -------------------------------------------------------------------------------
 
 template <class T>
 void read_rows(QueryGradientTile& tile, const AttentionBackward& a, const QueryRows& rows,
@@ -143,8 +143,8 @@ void backward_segment(const AttentionBackward& a, const QueryRows& rows, KeyGrad
 
 // The gradients of a tile of keys of one segment, which its queries and its children's queries see.
 template <class T>
-void backward_key_tile(const AttentionBackward& a, int32_t segment, int32_t key_head,
-                       int64_t first, Wanted wanted) {
+void backward_key_tile(const AttentionBackward& a, int32_t segment, int32_t key_head, int64_t first,
+                       Wanted wanted) {
   KeyGradientTile keys;
   QueryGradientTile queries;
   const KeyRun<T> run = keys_of<T>(a, segment, key_head);
@@ -158,7 +158,8 @@ void backward_key_tile(const AttentionBackward& a, int32_t segment, int32_t key_
     backward_segment<T>(a, rows, keys, queries, wanted);
   }
   const int64_t offset = (a.layout.starts[segment] + first) * run.stride + key_head * a.head_size;
-  store_rows(static_cast<T*>(a.dk) + offset, run.stride, keys.dkeys, keys, kLn2);
+  store_rows(static_cast<T*>(a.dk) + offset, run.stride, keys.dkeys, keys,
+             static_cast<float>(kLn2));
   store_rows(static_cast<T*>(a.dv) + offset, run.stride, keys.dvalues, keys, 1.0f);
 }
 

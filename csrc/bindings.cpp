@@ -9,10 +9,10 @@ namespace {
 using Two = std::tuple<Tensor, Tensor>;
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 
-// ---- rms_norm ------------------------------------------------------------------------------------
+// ---- rms_norm -------------------------------------------------------------------------------
 
 Three rms_norm_forward(Tensor x, Tensor weight, double eps, std::optional<Tensor> residual) {
-  const Arguments check("rms_norm_forward");
+  const Check check("rms_norm_forward");
   const Format format = check.format("x", x);
   const ScalarType dtype = x.scalar_type();
   check.rank("x", x, 2);
@@ -40,7 +40,7 @@ Three rms_norm_forward(Tensor x, Tensor weight, double eps, std::optional<Tensor
 
 Two rms_norm_backward(Tensor dy, std::optional<Tensor> dh, Tensor h, Tensor weight, Tensor rstd,
                       bool weight_grad) {
-  const Arguments check("rms_norm_backward");
+  const Check check("rms_norm_backward");
   const Format format = check.format("h", h);
   const ScalarType dtype = h.scalar_type();
   check.rank("h", h, 2);
@@ -75,10 +75,10 @@ Two rms_norm_backward(Tensor dy, std::optional<Tensor> dh, Tensor h, Tensor weig
   return {dx, torch::stable::sum(partial, {{&first_dimension, 1}}, false)};
 }
 
-// ---- rope ----------------------------------------------------------------------------------------
+// ---- rope -----------------------------------------------------------------------------------
 
 Two rope_forward(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor positions, bool inverse) {
-  const Arguments check("rope_forward");
+  const Check check("rope_forward");
   const Format format = check.format("q", q);
   const ScalarType dtype = q.scalar_type();
   check.rank("q", q, 3);
@@ -119,10 +119,9 @@ Two rope_forward(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor positions, b
   return {q_out, k_out};
 }
 
-// ---- swiglu --------------------------------------------------------------------------------------
+// ---- swiglu ---------------------------------------------------------------------------------
 
-void check_like(const Arguments& check, const char* name, const Tensor& tensor,
-                const Tensor& gate) {
+void check_like(const Check& check, const char* name, const Tensor& tensor, const Tensor& gate) {
   const auto shape = gate.sizes(), found = tensor.sizes();
   const bool fits = tensor.scalar_type() == gate.scalar_type() && tensor.dim() == gate.dim() &&
                     std::equal(shape.begin(), shape.end(), found.begin());
@@ -134,7 +133,7 @@ void check_like(const Arguments& check, const char* name, const Tensor& tensor,
 }
 
 Tensor swiglu_forward(Tensor gate, Tensor up) {
-  const Arguments check("swiglu_forward");
+  const Check check("swiglu_forward");
   const Format format = check.format("gate", gate);
   check_like(check, "gate", gate, gate);
   check_like(check, "up", up, gate);
@@ -145,7 +144,7 @@ Tensor swiglu_forward(Tensor gate, Tensor up) {
 }
 
 Two swiglu_backward(Tensor dout, Tensor gate, Tensor up) {
-  const Arguments check("swiglu_backward");
+  const Check check("swiglu_backward");
   const Format format = check.format("gate", gate);
   check_like(check, "gate", gate, gate);
   check_like(check, "up", up, gate);
@@ -157,12 +156,12 @@ Two swiglu_backward(Tensor dout, Tensor gate, Tensor up) {
   return {dgate, dup};
 }
 
-// ---- linear_logprob ------------------------------------------------------------------------------
+// ---- linear_logprob -------------------------------------------------------------------------
 
 // Exponentials cost more than the traffic: a logit counts as this many bytes of work.
 constexpr int64_t kBytesPerLogit = 16;
 
-void check_targets(const Arguments& check, const Tensor& logits, const Tensor& targets) {
+void check_targets(const Check& check, const Tensor& logits, const Tensor& targets) {
   check.rank("logits", logits, 2);
   const int64_t rows = logits.size(0), vocabulary = logits.size(1);
   check.tensor("logits", logits, logits.scalar_type(), {rows, vocabulary});
@@ -176,7 +175,7 @@ void check_targets(const Arguments& check, const Tensor& logits, const Tensor& t
 }
 
 Three linear_logprob_forward(Tensor logits, Tensor targets, double temperature, double softcap) {
-  const Arguments check("linear_logprob_forward");
+  const Check check("linear_logprob_forward");
   const Format format = check.format("logits", logits);
   check_targets(check, logits, targets);
   const int64_t rows = logits.size(0), vocabulary = logits.size(1);
@@ -198,7 +197,7 @@ Three linear_logprob_forward(Tensor logits, Tensor targets, double temperature, 
 
 void linear_logprob_backward_(Tensor logits, Tensor targets, Tensor lse, Tensor entropy,
                               Tensor dlogp, Tensor dentropy, double temperature, double softcap) {
-  const Arguments check("linear_logprob_backward_");
+  const Check check("linear_logprob_backward_");
   const Format format = check.format("logits", logits);
   check_targets(check, logits, targets);
   const int64_t rows = logits.size(0), vocabulary = logits.size(1);
@@ -217,15 +216,14 @@ void linear_logprob_backward_(Tensor logits, Tensor targets, Tensor lse, Tensor 
       static_cast<float>(temperature),
       static_cast<float>(softcap),
   };
-  parallel(kernels().linear_logprob.backward[format], arguments, rows,
-           vocabulary * kBytesPerLogit);
+  parallel(kernels().linear_logprob.backward[format], arguments, rows, vocabulary * kBytesPerLogit);
 }
 
-// ---- pairwise_loss -------------------------------------------------------------------------------
+// ---- pairwise_loss --------------------------------------------------------------------------
 
 Three pairwise_loss_forward(Tensor chosen, Tensor rejected, std::optional<Tensor> margin,
                             double centering) {
-  const Arguments check("pairwise_loss_forward");
+  const Check check("pairwise_loss_forward");
   const Format format = check.format("chosen", chosen);
   check.rank("chosen", chosen, 1);
   const int64_t pairs = chosen.size(0);

@@ -23,7 +23,7 @@ namespace fastllm {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// ---- Argument checks -----------------------------------------------------------------------------
+// ---- Argument checks ------------------------------------------------------------------------
 
 inline std::string dtype_name(ScalarType dtype) {
   switch (dtype) {
@@ -45,9 +45,9 @@ std::string shape_name(const Sizes& sizes) {
 }
 
 // Checks the arguments of one op; errors name the op and the argument.
-class Arguments {
+class Check {
  public:
-  explicit Arguments(const char* op) : op_(op) {}
+  explicit Check(const char* op) : op_(op) {}
 
   [[noreturn]] void fail(const std::string& message) const {
     throw std::runtime_error(std::string(op_) + ": " + message);
@@ -93,15 +93,17 @@ class Arguments {
   const char* op_;
 };
 
-// ---- Tensors -------------------------------------------------------------------------------------
+// ---- Tensors --------------------------------------------------------------------------------
 
 inline Tensor like(const Tensor& tensor) { return torch::stable::empty_like(tensor); }
 
-inline Tensor empty(const Tensor& device_of, ScalarType dtype, std::initializer_list<int64_t> shape) {
+inline Tensor empty(const Tensor& device_of, ScalarType dtype,
+                    std::initializer_list<int64_t> shape) {
   return torch::stable::new_empty(device_of, {shape.begin(), shape.size()}, dtype);
 }
 
-inline Tensor zeros(const Tensor& device_of, ScalarType dtype, std::initializer_list<int64_t> shape) {
+inline Tensor zeros(const Tensor& device_of, ScalarType dtype,
+                    std::initializer_list<int64_t> shape) {
   return torch::stable::new_zeros(device_of, {shape.begin(), shape.size()}, dtype);
 }
 
@@ -114,7 +116,7 @@ inline const void* pointer(const std::optional<Tensor>& tensor) {
   return tensor ? tensor->const_data_ptr() : nullptr;
 }
 
-// ---- Threads -------------------------------------------------------------------------------------
+// ---- Threads --------------------------------------------------------------------------------
 
 // A thread is worth waking for at least this much memory traffic.
 constexpr int64_t kBytesPerThread = 32 * 1024;
@@ -124,9 +126,8 @@ template <class A>
 void parallel(Kernel<A> kernel, const A& arguments, int64_t count, int64_t bytes) {
   if (count == 0) return;
   const int64_t grain = std::max<int64_t>(1, kBytesPerThread / std::max<int64_t>(1, bytes));
-  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-    kernel(arguments, begin, end);
-  });
+  torch::stable::parallel_for(0, count, grain,
+                              [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); });
 }
 
 // Runs a kernel on `count` tasks of unequal size: each thread takes the next one when it is free.

@@ -10,7 +10,7 @@ using Two = std::tuple<Tensor, Tensor>;
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 
 // Offsets [n + 1] of n lists that lie one after another and end at `total`.
-void check_offsets(const Arguments& check, const char* name, const Tensor& offsets, int64_t lists,
+void check_offsets(const Check& check, const char* name, const Tensor& offsets, int64_t lists,
                    int64_t total) {
   check.tensor(name, offsets, ScalarType::Int, {lists + 1});
   const int32_t* offset = data<int32_t>(offsets);
@@ -20,7 +20,7 @@ void check_offsets(const Arguments& check, const char* name, const Tensor& offse
 }
 
 // Indices in [low, high).
-void check_indices(const Arguments& check, const char* name, const Tensor& indices, int64_t count,
+void check_indices(const Check& check, const char* name, const Tensor& indices, int64_t count,
                    int64_t low, int64_t high) {
   check.tensor(name, indices, ScalarType::Int, {count});
   const int32_t* index = data<int32_t>(indices);
@@ -32,7 +32,7 @@ void check_indices(const Arguments& check, const char* name, const Tensor& indic
   }
 }
 
-void check_head_size(const Arguments& check, int64_t head_size) {
+void check_head_size(const Check& check, int64_t head_size) {
   check.require(head_size % 2 == 0 && head_size >= 2 && head_size <= kMaxHeadSize,
                 "the head size must be even and at most " + std::to_string(kMaxHeadSize) +
                     ", found " + std::to_string(head_size));
@@ -42,7 +42,7 @@ struct Shapes {
   int64_t queries, tokens, heads, key_heads, head_size;
 };
 
-Shapes check_heads(const Arguments& check, const Tensor& q, const char* k_name, const Tensor& k,
+Shapes check_heads(const Check& check, const Tensor& q, const char* k_name, const Tensor& k,
                    const char* v_name, const Tensor& v) {
   check.rank("q", q, 3);
   check.rank(k_name, k, 3);
@@ -58,9 +58,8 @@ Shapes check_heads(const Arguments& check, const Tensor& q, const char* k_name, 
   return s;
 }
 
-Layout check_layout(const Arguments& check, const Shapes& s, const Tensor& starts,
-                    const Tensor& prefix, const Tensor& positions, const Tensor& query_rows,
-                    const Tensor& query_starts) {
+Layout check_layout(const Check& check, const Shapes& s, const Tensor& starts, const Tensor& prefix,
+                    const Tensor& positions, const Tensor& query_rows, const Tensor& query_starts) {
   check.rank("prefix", prefix, 1);
   const int64_t segments = prefix.size(0);
   check_offsets(check, "starts", starts, segments, s.tokens);
@@ -78,7 +77,7 @@ Layout check_layout(const Arguments& check, const Shapes& s, const Tensor& start
   return layout;
 }
 
-void check_children(const Arguments& check, Layout& layout, const Tensor& children_starts,
+void check_children(const Check& check, Layout& layout, const Tensor& children_starts,
                     const Tensor& children) {
   check.rank("children", children, 1);
   check_indices(check, "children", children, children.size(0), 0, layout.segments);
@@ -87,7 +86,7 @@ void check_children(const Arguments& check, Layout& layout, const Tensor& childr
   layout.children = data<int32_t>(children);
 }
 
-// ---- attention -----------------------------------------------------------------------------------
+// ---- attention ------------------------------------------------------------------------------
 
 // Blocks of rows of every segment and key head, for segments that lie between `starts` and have
 // `rows_each` rows for each unit of length.
@@ -126,11 +125,10 @@ std::vector<AttentionTask> family_tasks(const Layout& layout, const Shapes& s) {
 
 Two attention_forward(Tensor q, Tensor k, Tensor v, Tensor starts, Tensor prefix, Tensor positions,
                       Tensor query_rows, Tensor query_starts, double scale, int64_t window) {
-  const Arguments check("attention_forward");
+  const Check check("attention_forward");
   const Format format = check.format("q", q);
   const Shapes s = check_heads(check, q, "k", k, "v", v);
-  const Layout layout =
-      check_layout(check, s, starts, prefix, positions, query_rows, query_starts);
+  const Layout layout = check_layout(check, s, starts, prefix, positions, query_rows, query_starts);
 
   const auto tasks = query_tasks(layout, s);
   Tensor out = like(q);
@@ -188,9 +186,9 @@ void run_backward(AttentionBackward& arguments, const Shapes& s, Format format) 
 
 Three attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
                          Tensor starts, Tensor prefix, Tensor positions, Tensor query_rows,
-                         Tensor query_starts, Tensor children_starts, Tensor children,
-                         double scale, int64_t window) {
-  const Arguments check("attention_backward");
+                         Tensor query_starts, Tensor children_starts, Tensor children, double scale,
+                         int64_t window) {
+  const Check check("attention_backward");
   const Format format = check.format("q", q);
   const Shapes s = check_heads(check, q, "k", k, "v", v);
   check.tensor("dout", dout, q.scalar_type(), {s.queries, s.heads, s.head_size});
@@ -226,7 +224,7 @@ Three attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, 
   return {dq, dk, dv};
 }
 
-// ---- decode_attention ----------------------------------------------------------------------------
+// ---- decode_attention -----------------------------------------------------------------------
 
 // Runs of neighbouring sequences with the same prompt, cut into blocks of query rows. A block is at
 // most a thread's share of all rows, so that one large group keeps every thread busy.
@@ -251,7 +249,7 @@ std::vector<DecodeTask> decode_tasks(const int32_t* group, const Shapes& s, int6
 Tensor decode_attention_forward(Tensor q, Tensor prefix_k, Tensor prefix_v, Tensor prefix_starts,
                                 Tensor group, Tensor tail_k, Tensor tail_v, Tensor tail_rows,
                                 Tensor tail_lengths, double scale, int64_t window) {
-  const Arguments check("decode_attention_forward");
+  const Check check("decode_attention_forward");
   const Format format = check.format("q", q);
   const ScalarType dtype = q.scalar_type();
   check.rank("prefix_starts", prefix_starts, 1);

@@ -12,10 +12,10 @@ struct Level {
   Kernels kernels;
 };
 
-#define FASTLLM_KERNELS(isa)                                                                   \
-  Kernels {                                                                                    \
-    #isa, isa::rms_norm, isa::rope, isa::swiglu, isa::attention, isa::decode_attention,        \
-        isa::linear_logprob, isa::pairwise_loss                                                \
+#define FASTLLM_KERNELS(isa)                                                            \
+  Kernels {                                                                             \
+    #isa, isa::rms_norm, isa::rope, isa::swiglu, isa::attention, isa::decode_attention, \
+        isa::linear_logprob, isa::pairwise_loss                                         \
   }
 
 bool always() { return true; }

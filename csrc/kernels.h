@@ -17,7 +17,7 @@ enum Format { kFloat32, kBFloat16, kFloat16, kFormats };
 template <class Arguments>
 using Kernel = void (*)(const Arguments&, int64_t begin, int64_t end);
 
-// ---- rms_norm: rows ------------------------------------------------------------------------------
+// ---- rms_norm: rows -------------------------------------------------------------------------
 
 struct RmsNormForward {
   const void* x;         // [N, C]
@@ -47,7 +47,7 @@ struct RmsNormKernels {
   Kernel<RmsNormBackward> backward[kFormats];
 };
 
-// ---- rope: tokens --------------------------------------------------------------------------------
+// ---- rope: tokens ---------------------------------------------------------------------------
 
 struct RopeForward {
   const void* q;             // [T, H, D]
@@ -65,7 +65,7 @@ struct RopeKernels {
   Kernel<RopeForward> forward[kFormats];
 };
 
-// ---- swiglu: elements ----------------------------------------------------------------------------
+// ---- swiglu: elements -----------------------------------------------------------------------
 
 struct SwigluForward {
   const void* gate;
@@ -86,7 +86,7 @@ struct SwigluKernels {
   Kernel<SwigluBackward> backward[kFormats];
 };
 
-// ---- attention -----------------------------------------------------------------------------------
+// ---- attention ------------------------------------------------------------------------------
 
 constexpr int kMaxHeadSize = 256;
 
@@ -102,8 +102,9 @@ struct Layout {
   const int32_t* children;         // [E] segments that continue a segment (backward only)
 };
 
-// One key head, and of a segment a block of query rows, a block of keys, or the whole family: a root
-// segment with its children. Row r of a segment's query rows is head r % (H / K) of query r / (H / K).
+// One key head, and of a segment a block of query rows, a block of keys, or the whole family: a
+// root segment with its children. With G = H / K, query row r of a segment is head r % G of the
+// key head's group, at the segment's query r / G.
 struct AttentionTask {
   int32_t segment;
   int32_t key_head;
@@ -159,10 +160,10 @@ struct AttentionKernels {
   Kernel<AttentionBackward> backward_queries[kFormats];  // tasks: blocks of query rows; dq
 };
 
-// ---- decode_attention ----------------------------------------------------------------------------
+// ---- decode_attention -----------------------------------------------------------------------
 
-// Some query rows of sequences that share a prompt, and one key head. Row r is head r % (H / K) of
-// sequence r / (H / K).
+// One key head, and some query rows of sequences that share a prompt. With G = H / K, query row r
+// is head r % G of the key head's group, in sequence r / G.
 struct DecodeTask {
   int32_t first_row, rows;
   int32_t key_head;
@@ -190,7 +191,7 @@ struct DecodeAttentionKernels {
   Kernel<DecodeAttentionForward> forward[kFormats];  // tasks
 };
 
-// ---- linear_logprob: rows ------------------------------------------------------------------------
+// ---- linear_logprob: rows -------------------------------------------------------------------
 
 struct LinearLogprobForward {
   const void* logits;      // [N, V]
@@ -218,7 +219,7 @@ struct LinearLogprobKernels {
   Kernel<LinearLogprobBackward> backward[kFormats];
 };
 
-// ---- pairwise_loss: pairs ------------------------------------------------------------------------
+// ---- pairwise_loss: pairs -------------------------------------------------------------------
 
 struct PairwiseLossForward {
   const void* chosen;    // [P]
@@ -234,17 +235,17 @@ struct PairwiseLossKernels {
   Kernel<PairwiseLossForward> forward[kFormats];
 };
 
-// ---- One table per op and instruction set --------------------------------------------------------
+// ---- One table per op and instruction set ---------------------------------------------------
 
-#define FASTLLM_DECLARE_KERNELS(isa)                        \
-  namespace isa {                                           \
-  extern const RmsNormKernels rms_norm;                     \
-  extern const RopeKernels rope;                            \
-  extern const SwigluKernels swiglu;                        \
-  extern const AttentionKernels attention;                  \
-  extern const DecodeAttentionKernels decode_attention;     \
-  extern const LinearLogprobKernels linear_logprob;         \
-  extern const PairwiseLossKernels pairwise_loss;           \
+#define FASTLLM_DECLARE_KERNELS(isa)                    \
+  namespace isa {                                       \
+  extern const RmsNormKernels rms_norm;                 \
+  extern const RopeKernels rope;                        \
+  extern const SwigluKernels swiglu;                    \
+  extern const AttentionKernels attention;              \
+  extern const DecodeAttentionKernels decode_attention; \
+  extern const LinearLogprobKernels linear_logprob;     \
+  extern const PairwiseLossKernels pairwise_loss;       \
   }
 
 FASTLLM_DECLARE_KERNELS(baseline)

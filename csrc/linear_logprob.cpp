@@ -9,7 +9,7 @@
 namespace fastllm {
 namespace {
 
-constexpr int64_t kBlock = 1024;         // logits scored at a time: they stay in the L1 cache
+constexpr int64_t kBlock = 1024;          // logits scored at a time: they stay in the L1 cache
 constexpr float kLowest = -3.402823e38f;  // finite, so that differences are never NaN
 constexpr float kVanished = -200.0f;      // e^-200 is 0, and 0 * -200 is 0 where 0 * -inf is NaN
 
@@ -18,7 +18,9 @@ struct Scores {
   float softcap, to_cap, to_score;
 
   Scores(float temperature, float cap)
-      : softcap(cap), to_cap(cap > 0 ? 1.0f / cap : 0), to_score((cap > 0 ? cap : 1) / temperature) {}
+      : softcap(cap),
+        to_cap(cap > 0 ? 1.0f / cap : 0),
+        to_score((cap > 0 ? cap : 1) / temperature) {}
 
   // In units of the cap, if there is one.
   FASTLLM_INLINE Vec bounded(Vec logits) const {

@@ -1,6 +1,6 @@
 // Attention of a tile of query rows over runs of keys, block by block (Milakov & Gimelshein, 2018;
-// Dao, 2023): the scores of a block live in registers and the L1 cache only. Shared by attention.cpp
-// and decode_attention.cpp.
+// Dao, 2023): the scores of a block live in registers and the L1 cache only. Shared by
+// attention.cpp and decode_attention.cpp.
 
 #pragma once
 
@@ -46,19 +46,18 @@ FASTLLM_INLINE Span cover(const int64_t* positions, int rows, int64_t window, in
 }
 
 // The same span, widened to whole vectors of a tile.
-FASTLLM_INLINE Span widened(Span span) {
-  return {span.begin / kAlign * kAlign, padded(span.end)};
-}
+FASTLLM_INLINE Span widened(Span span) { return {span.begin / kAlign * kAlign, padded(span.end)}; }
 
 // Hides the scores that a row of a widened span has, but its query does not see.
-FASTLLM_INLINE void hide(float* scores, Span wide, Span row, float hidden) {
-  for (int64_t i = wide.begin; i < smaller(row.begin, wide.end); ++i) scores[i] = hidden;
-  for (int64_t i = larger(row.end, wide.begin); i < wide.end; ++i) scores[i] = hidden;
+FASTLLM_INLINE void hide(float* scores, Span wide, Span row) {
+  for (int64_t i = wide.begin; i < smaller(row.begin, wide.end); ++i) scores[i] = kHidden;
+  for (int64_t i = larger(row.end, wide.begin); i < wide.end; ++i) scores[i] = kHidden;
 }
 
-// Scores are kept times log2(e): powers of two are cheaper than powers of e.
-constexpr float kLog2E = 1.44269504088896341f;
-constexpr float kLn2 = 0.69314718055994531f;
+// Scores are kept times log2(e): powers of two are cheaper than powers of e. In fp64, so that going
+// back and forth costs a log-sum-exp no bits.
+constexpr double kLog2E = 1.44269504088896341;
+constexpr double kLn2 = 0.69314718055994531;
 
 // Query rows with the softmax over the keys seen so far: out / weight, where out and weight are
 // relative to 2^highest.
@@ -76,7 +75,7 @@ struct QueryTile {
 
   template <class T>
   void add_row(const T* query, int64_t position, float scale) {
-    load_row(q + rows * width, query, size, scale * kLog2E);
+    load_row(q + rows * width, query, size, static_cast<float>(scale * kLog2E));
     clear(out + rows * width, width);
     weight[rows] = Vec{};
     highest[rows] = kLowest;
@@ -93,12 +92,12 @@ struct QueryTile {
     for_each_vector(size, [&](int64_t i, auto lanes) {
       store(result + i, load(from + i, lanes) * share, lanes);
     });
-    return highest[row] * kLn2 + __builtin_logf(total);
+    return static_cast<float>(highest[row] * kLn2 + __builtin_logf(total));
   }
 };
 
-// Turns the scores of a row into 2^(score - highest), after moving the row's sums to its new highest
-// score.
+// Turns the scores of a row into 2^(score - highest), after moving the row's sums to its new
+// highest score.
 FASTLLM_INLINE void softmax_row(QueryTile& tile, int row, float* scores, int count) {
   Vec top = broadcast(tile.highest[row]);
   for (int i = 0; i < count; i += kLanes) top = max(load(scores + i), top);
@@ -126,8 +125,9 @@ struct KeyTile {
 
   template <class T>
   void read(const KeyRun<T>& run, int64_t first, int64_t count, int64_t size) {
-    load_tile(values, run.keys + first * run.stride, run.stride, count, size);
-    transpose_tile(keys, values, count, padded(size));
+    float* room = values;  // for the keys as they are stored
+    load_tile(room, run.keys + first * run.stride, run.stride, count, size);
+    transpose_tile(keys, room, count, padded(size));
     load_tile(values, run.values + first * run.stride, run.stride, count, size);
   }
 };
@@ -140,12 +140,12 @@ FASTLLM_INLINE void attend_rows(QueryTile& tile, int first_row, int rows, const 
   const Span wide = widened(cover(positions, rows, window, first_key, count));
   if (wide.begin >= wide.end) return;
   const int columns = static_cast<int>(wide.end - wide.begin);
-  multiply<kStored, kReplace>(tile.q + first_row * tile.width, tile.width,
-                              keys.keys + wide.begin, kKeys, scores + wide.begin, kKeys, rows,
-                              columns, static_cast<int>(tile.size));
+  multiply<kStored, kReplace>(tile.q + first_row * tile.width, tile.width, keys.keys + wide.begin,
+                              kKeys, scores + wide.begin, kKeys, rows, columns,
+                              static_cast<int>(tile.size));
   for (int r = 0; r < rows; ++r) {
     float* row = scores + r * kKeys;
-    hide(row, wide, seen(positions[r], window, first_key, count), kHidden);
+    hide(row, wide, seen(positions[r], window, first_key, count));
     softmax_row(tile, first_row + r, row + wide.begin, columns);
   }
   multiply<kStored, kAdd>(scores + wide.begin, kKeys, keys.values + wide.begin * tile.width,

@@ -41,7 +41,7 @@ struct fp16 {
   uint16_t bits;
 };
 
-// ---- Bits ----------------------------------------------------------------------------------------
+// ---- Bits -----------------------------------------------------------------------------------
 
 template <class To, class From>
 FASTLLM_INLINE To bit_cast(From from) {
@@ -112,7 +112,8 @@ FASTLLM_INLINE HalfBitsVec to_fp16(Vec x) {
   BitsVec sign = bits & 0x80000000u;
   BitsVec magnitude = bits ^ sign;
   BitsVec aligner = BitsVec{} + (126u << 23);
-  BitsVec subnormal = bit_cast<BitsVec>(bit_cast<Vec>(magnitude) + bit_cast<Vec>(aligner)) - aligner;
+  BitsVec subnormal =
+      bit_cast<BitsVec>(bit_cast<Vec>(magnitude) + bit_cast<Vec>(aligner)) - aligner;
   BitsVec normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
   BitsVec finite = magnitude < (113u << 23) ? subnormal : normal;
   BitsVec infinite = BitsVec{} + 0x7c00;
@@ -123,7 +124,7 @@ FASTLLM_INLINE HalfBitsVec to_fp16(Vec x) {
 
 #endif
 
-// ---- Memory --------------------------------------------------------------------------------------
+// ---- Memory ---------------------------------------------------------------------------------
 
 template <class V>
 FASTLLM_INLINE V load_bits(const void* from) {
@@ -190,7 +191,7 @@ FASTLLM_INLINE void for_each_vector(int64_t n, Step step) {
   if (i < n) step(i, SomeLanes{static_cast<int>(n - i)});
 }
 
-// ---- Arithmetic ----------------------------------------------------------------------------------
+// ---- Arithmetic -----------------------------------------------------------------------------
 
 // The left operand where neither is larger, and NaN where `a` is NaN.
 FASTLLM_INLINE Vec max(Vec a, Vec b) { return a < b ? b : a; }
@@ -228,8 +229,8 @@ FASTLLM_INLINE float largest(Vec v) { return fold<kLanes>(v, Max{}); }
 
 constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
 
-// 2^x to 2 units in the last place for x < 127; 0 below -126. With n = round(x), 2^x = 2^n 2^(x - n):
-// the second factor is a polynomial, the first is added to its exponent.
+// 2^x to 2 units in the last place for x < 127; 0 below -126. With n = round(x) and f = x - n,
+// 2^x = 2^n 2^f: the second factor is a polynomial, and n is added to its exponent.
 FASTLLM_INLINE Vec exp2(Vec x) {
   Vec shifted = x + kRounder;
   Vec f = x - (shifted - kRounder);

@@ -25,8 +25,9 @@ struct KeyGradientTile {
     position = run.position + first;
     size = head_size;
     width = padded(head_size);
-    load_tile(keys, run.values + first * run.stride, run.stride, count, size);
-    transpose_tile(values_transposed, keys, count, width);
+    float* room = keys;  // for the values as they are stored
+    load_tile(room, run.values + first * run.stride, run.stride, count, size);
+    transpose_tile(values_transposed, room, count, width);
     load_tile(keys, run.keys + first * run.stride, run.stride, count, size);
     transpose_tile(keys_transposed, keys, count, width);
   }
@@ -49,9 +50,9 @@ struct QueryGradientTile {
   void add_row(const T* query, const T* gradient, int64_t size, float scale, float log_sum_exp,
                float row_delta, int64_t position) {
     const int width = padded(size);
-    load_row(q + rows * width, query, size, scale * kLog2E);
+    load_row(q + rows * width, query, size, static_cast<float>(scale * kLog2E));
     load_row(dout + rows * width, gradient, size);
-    lse[rows] = log_sum_exp * kLog2E;
+    lse[rows] = static_cast<float>(log_sum_exp * kLog2E);
     delta[rows] = row_delta;
     positions[rows] = position;
     ++rows;
@@ -59,13 +60,14 @@ struct QueryGradientTile {
 };
 
 // p = 2^(score - lse) and ds = p (dp - delta) of a row, in place of its scores and dp.
-FASTLLM_INLINE void probabilities(float* p, float* ds, float lse, float delta, Span wide,
-                                  Span row) {
-  hide(p, wide, row, kHidden);
+FASTLLM_INLINE void probabilities(QueryGradientTile& queries, int row, Span wide) {
+  float* p = queries.p + row * kKeys;
+  float* ds = queries.ds + row * kKeys;
+  hide(p, wide, queries.spans[row]);
   for (int64_t i = wide.begin; i < wide.end; i += kLanes) {
-    const Vec probability = exp2(load(p + i) - lse);
+    const Vec probability = exp2(load(p + i) - queries.lse[row]);
     store(p + i, probability);
-    store(ds + i, probability * (load(ds + i) - delta));
+    store(ds + i, probability * (load(ds + i) - queries.delta[row]));
   }
 }
 
@@ -74,13 +76,11 @@ FASTLLM_INLINE void probabilities(float* p, float* ds, float lse, float delta, S
 FASTLLM_INLINE Span backward_rows(QueryGradientTile& queries, int first, int rows,
                                   const KeyGradientTile& keys, int64_t window) {
   const int width = keys.width, depth = static_cast<int>(keys.size);
-  Span all = {keys.count, 0};
-  for (int r = first; r < first + rows; ++r) {
-    const Span row = seen(queries.positions[r], window, keys.position, keys.count);
-    queries.spans[r] = row;
-    if (row.begin < row.end) all = {smaller(all.begin, row.begin), larger(all.end, row.end)};
+  const int64_t* positions = queries.positions + first;
+  const Span wide = widened(cover(positions, rows, window, keys.position, keys.count));
+  for (int r = 0; r < rows; ++r) {
+    queries.spans[first + r] = seen(positions[r], window, keys.position, keys.count);
   }
-  const Span wide = widened(all);
   if (wide.begin >= wide.end) return wide;
   const int columns = static_cast<int>(wide.end - wide.begin);
   float* p = queries.p + first * kKeys;
@@ -90,10 +90,7 @@ FASTLLM_INLINE Span backward_rows(QueryGradientTile& queries, int first, int row
   multiply<kStored, kReplace>(queries.dout + first * width, width,
                               keys.values_transposed + wide.begin, kKeys, ds + wide.begin, kKeys,
                               rows, columns, depth);
-  for (int r = 0; r < rows; ++r) {
-    probabilities(p + r * kKeys, ds + r * kKeys, queries.lse[first + r], queries.delta[first + r],
-                  wide, queries.spans[first + r]);
-  }
+  for (int r = first; r < first + rows; ++r) probabilities(queries, r, wide);
   return wide;
 }
 

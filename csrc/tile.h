@@ -21,11 +21,13 @@ constexpr int kRowsInRegisters = 8;
 constexpr int kRowsInRegisters = 4;
 #endif
 
-FASTLLM_INLINE int padded(int64_t n) { return static_cast<int>((n + kAlign - 1) / kAlign * kAlign); }
+FASTLLM_INLINE int padded(int64_t n) {
+  return static_cast<int>((n + kAlign - 1) / kAlign * kAlign);
+}
 FASTLLM_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 FASTLLM_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// ---- Products ------------------------------------------------------------------------------------
+// ---- Products -------------------------------------------------------------------------------
 
 // Is the left factor of a product stored as it is, or as its transpose?
 enum Left { kStored, kTransposed };
@@ -85,7 +87,7 @@ FASTLLM_INLINE void multiply(const float* a, int a_stride, const float* b, int b
   }
 }
 
-// ---- Rows in and out -----------------------------------------------------------------------------
+// ---- Rows in and out ------------------------------------------------------------------------
 
 FASTLLM_INLINE void clear(float* tile, int64_t count) {
   for (int64_t i = 0; i < count; i += kLanes) store(tile + i, Vec{});
@@ -94,9 +96,8 @@ FASTLLM_INLINE void clear(float* tile, int64_t count) {
 // row = source * factor, padded with zeros.
 template <class T>
 FASTLLM_INLINE void load_row(float* row, const T* source, int64_t size, float factor = 1.0f) {
-  for_each_vector(size, [&](int64_t i, auto lanes) {
-    store(row + i, load(source + i, lanes) * factor);
-  });
+  for_each_vector(size,
+                  [&](int64_t i, auto lanes) { store(row + i, load(source + i, lanes) * factor); });
   const int64_t written = (size + kLanes - 1) / kLanes * kLanes;
   clear(row + written, padded(size) - written);
 }

@@ -12,12 +12,14 @@ from fastllm import RewardModel, train_rm
 from fastllm.data import RewardDataCollator, Tokenizer, read_records
 from fastllm.data.tasks import generate_tasks, preference_pairs
 
+KINDS = ("sort", "copy", "count")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", help="preference pairs (.jsonl); default: generated ones")
     parser.add_argument("--pairs", type=int, default=4000, help="how many to generate")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--out", default="runs/examples/reward_model")
     options = parser.parse_args()
 
@@ -25,7 +27,7 @@ def main() -> None:
     if options.data:
         pairs = read_records(options.data)
     else:
-        pairs = preference_pairs(generate_tasks(options.pairs, seed=0), seed=0)
+        pairs = preference_pairs(generate_tasks(options.pairs, seed=0, kinds=KINDS), seed=0)
     print(f"{len(pairs):,} pairs, for example {json.dumps(pairs[0])}")
 
     train_rm(
@@ -34,6 +36,9 @@ def main() -> None:
         steps=options.steps,
         batch_size=32,
         block_size=256,
+        lr=2e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.05,  # below 1: a part of all steps
         eval_fraction=0.1,  # split by prompt: no held-out prompt is trained on
         overwrite_output_dir=True,
     )

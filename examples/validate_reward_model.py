@@ -14,6 +14,8 @@ from fastllm import RewardModel, train_rm
 from fastllm.data import RewardDataCollator, Tokenizer
 from fastllm.data.tasks import Task, generate_tasks, preference_pairs, wrong_answer
 
+KINDS = ("sort", "copy", "count")
+
 
 def scores(
     model: RewardModel, collator: RewardDataCollator, pairs: list[dict[str, str]]
@@ -40,19 +42,28 @@ def report(tasks: list[Task], chosen: torch.Tensor, rejected: torch.Tensor) -> N
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", help="a reward model; default: one is trained on the tasks")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--pairs", type=int, default=400, help="held-out pairs to check")
     options = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(options.model or scratch)
         if options.model is None:
-            train = preference_pairs(generate_tasks(4000, seed=0), seed=0)
-            train_rm(train, folder, steps=options.steps, batch_size=32, block_size=64)
+            train = preference_pairs(generate_tasks(4000, seed=0, kinds=KINDS), seed=0)
+            train_rm(
+                train,
+                folder,
+                steps=options.steps,
+                batch_size=32,
+                block_size=64,
+                lr=2e-3,
+                lr_scheduler_type="cosine",
+                warmup_steps=0.05,
+            )
         model = RewardModel.from_pretrained(folder)
         collator = RewardDataCollator(block_size=64, tokenizer=Tokenizer.from_pretrained(folder))
 
-        tasks = generate_tasks(options.pairs, seed=1, split="heldout")
+        tasks = generate_tasks(options.pairs, seed=1, kinds=KINDS, split="heldout")
         pairs = preference_pairs(tasks, seed=1)
         chosen, rejected = scores(model, collator, pairs)
         print("held-out pairs, the right answer against a nearly right one:")

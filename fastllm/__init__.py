@@ -14,7 +14,7 @@ _HOMES = {
     "Example": ".data.examples",
     "GRPOConfig": ".training.config",
     "GRPOTrainer": ".training.grpo",
-    "LoraConfig": ".model.lora",
+    "LoraConfig": ".model.lora_config",
     "ModelConfig": ".model.config",
     "PackedLayout": ".layout",
     "PreferenceDataset": ".data.preference",

@@ -73,7 +73,6 @@ def forward(
         "BLOCK_D": head_block(head_dim),
         "BLOCK_N": 32 if head_dim > 128 or q.element_size() == 4 else 64,
         "PRECISION": dot_precision(q.dtype),
-        "num_warps": 4,
     }
     limits = scale, window or NO_WINDOW
     if prefix_splits:
@@ -91,6 +90,7 @@ def forward(
             *limits,
             ROWS=rows,
             SEQUENCES=sequences,
+            num_warps=8 if rows > 32 else 4,
             **constants,
         )
     if tail_splits:
@@ -106,6 +106,7 @@ def forward(
             splits,
             *limits,
             ROWS=max(_MIN_ROWS, triton.next_power_of_2(heads // key_heads)),
+            num_warps=4,
             **constants,
         )
     combine_splits_kernel[(batch * heads,)](

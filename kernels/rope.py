@@ -31,7 +31,8 @@ def forward(
     rotated_q, rotated_k = torch.empty_like(q), torch.empty_like(k)
     if tokens:
         half_block = triton.next_power_of_2(head_dim // 2)
-        head_block = min(triton.next_power_of_2(heads), max(1, _TILE // half_block))
+        most_heads = triton.next_power_of_2(max(heads, k.shape[1], 1))
+        head_block = min(most_heads, max(1, _TILE // half_block))
         rope_kernel[(tokens,)](
             q,
             k,

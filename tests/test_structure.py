@@ -22,7 +22,8 @@ MAY_IMPORT = {
     "data": {"layout"},
     "generation": {"layout", "ops", "model"},
     "training": {"layout", "ops", "model", "data", "generation"},
-    "cli": {"layout", "ops", "model", "data", "generation", "training"},
+    "demo": {"layout", "ops", "model", "data", "generation", "training"},
+    "cli": {"layout", "ops", "model", "data", "generation", "training", "demo"},
 }
 FILE_LINES, FUNCTION_LINES, KERNEL_LINES = 400, 80, 100
 

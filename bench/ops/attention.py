@@ -44,8 +44,8 @@ def torch_function(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Ten
     length = layout.lengths[0]
     if set(layout.lengths) != {length} or max(layout.prefix_of) >= 0:
         raise NotImplementedError
-    batch = (t.unflatten(0, (-1, length)).transpose(1, 2) for t in (q, k, v))
-    out = F.scaled_dot_product_attention(*batch, is_causal=True, enable_gqa=True)
+    q, k, v = (t.unflatten(0, (-1, length)).transpose(1, 2) for t in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     return out.transpose(1, 2).flatten(0, 1)
 
 

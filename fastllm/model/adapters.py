@@ -23,26 +23,6 @@ MODEL_CONFIG = "model_config.json"
 HEAD = "score.weight"
 _PREFIX = "base_model.model."
 
-# Settings of PEFT that change the computation in a way we do not have: (key, harmless values).
-_UNSUPPORTED: tuple[tuple[str, tuple[Any, ...]], ...] = (
-    ("peft_type", ("LORA",)),
-    ("bias", (None, "none")),
-    ("use_dora", (None, False)),
-    ("lora_bias", (None, False)),
-    ("fan_in_fan_out", (None, False)),
-    ("rank_pattern", (None, {})),
-    ("alpha_pattern", (None, {})),
-    ("layers_to_transform", (None,)),
-    ("exclude_modules", (None,)),
-    ("layer_replication", (None,)),
-    ("target_parameters", (None,)),
-    ("trainable_token_indices", (None,)),
-    ("megatron_config", (None,)),
-    ("use_qalora", (None, False)),
-    ("alora_invocation_tokens", (None,)),
-    ("arrow_config", (None,)),
-)
-
 
 def is_adapter_name(name: str) -> bool:
     """Whether a parameter belongs to an adapter and not to the base model."""
@@ -116,7 +96,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
     """
     folder = Path(folder)
     raw = read_json_object(folder / CONFIG)
-    add_lora(model, _lora_config(raw, model, folder / CONFIG))
+    add_lora(model, LoraConfig.from_dict(raw, str(folder / CONFIG)))
     stored = tensors.read_file(folder / WEIGHTS)
     state = {name.removeprefix(_PREFIX): tensor for name, tensor in stored.items()}
     expected = adapter_state(model)
@@ -154,39 +134,6 @@ def _peft_config(config: LoraConfig, base: str, is_reward: bool) -> dict[str, An
         "modules_to_save": ["score"] if is_reward else None,
         "inference_mode": True,
     }
-
-
-def _lora_config(raw: dict[str, Any], model: nn.Module, source: Path) -> LoraConfig:
-    for key, harmless in _UNSUPPORTED:
-        if raw.get(key) not in harmless:
-            raise ValueError(f"{source}: {key} {raw.get(key)!r} is not supported")
-    # PEFT names the head of every classifier there, whether the model has one of that name or not.
-    foreign = set(raw.get("modules_to_save") or ()) - {"score", "classifier"}
-    if foreign:
-        raise ValueError(f"{source}: modules_to_save {sorted(foreign)} is not supported")
-    start = raw.get("init_lora_weights", True)
-    if start not in (True, False, "gaussian", "orthogonal", "eva"):  # the others change the base
-        raise ValueError(f"{source}: init_lora_weights {start!r} is not supported")
-    if not isinstance(raw.get("r"), int) or not isinstance(raw.get("lora_alpha"), int | float):
-        raise ValueError(f"{source}: expected numbers for r and lora_alpha")
-    try:
-        return LoraConfig(
-            r=raw["r"],
-            lora_alpha=raw["lora_alpha"],
-            lora_dropout=raw.get("lora_dropout") or 0.0,
-            target_modules=_targets(raw.get("target_modules"), model, source),
-            use_rslora=bool(raw.get("use_rslora")),
-        )
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
-
-
-def _targets(value: Any, model: nn.Module, source: Path) -> list[str] | str:
-    if value == "all-linear" or (isinstance(value, list) and value):
-        return value
-    raise ValueError(
-        f"{source}: target_modules: expected a list of names or 'all-linear', found {value!r}"
-    )
 
 
 def _check(state: dict[str, Tensor], expected: dict[str, Tensor], source: Path) -> None:

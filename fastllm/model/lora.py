@@ -3,71 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .lora_config import LoraConfig
 from .transformer import Linear
-
-ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-_UNSUPPORTED = ("use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform")
-
-
-@dataclass(kw_only=True)
-class LoraConfig:
-    """Adapter settings; the fields are those of `peft.LoraConfig` that are supported."""
-
-    r: int = 16
-    """Rank."""
-    lora_alpha: float = 32
-    """The update is scaled by lora_alpha / r (by lora_alpha / sqrt(r) with `use_rslora`)."""
-    lora_dropout: float = 0.0
-    target_modules: Sequence[str] | str = ALL_LINEAR
-    """Names of the projections to adapt, or "all-linear"."""
-    use_rslora: bool = False
-
-    def __post_init__(self) -> None:
-        if self.target_modules == "all-linear":
-            self.target_modules = ALL_LINEAR
-        unknown = sorted(set(self.target_modules) - set(ALL_LINEAR))
-        if isinstance(self.target_modules, str) or unknown:
-            raise ValueError(
-                f"target_modules: expected names among {', '.join(ALL_LINEAR)} or 'all-linear'; "
-                f"found {self.target_modules if not unknown else ', '.join(unknown)}"
-            )
-        if self.r < 1:
-            raise ValueError(f"r must be at least 1, found {self.r}")
-
-    @property
-    def scaling(self) -> float:
-        return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
-
-    @classmethod
-    def from_peft(cls, config: Any) -> LoraConfig:
-        """Our settings from a `peft.LoraConfig`, or from another object with its fields.
-
-        Raises:
-            ValueError: a setting that is not supported.
-        """
-        if isinstance(config, cls):
-            return config
-        for name in _UNSUPPORTED:
-            if getattr(config, name, None):
-                raise ValueError(f"LoRA: {name} is not supported")
-        if getattr(config, "bias", "none") != "none":
-            raise ValueError(f"LoRA: bias must be 'none', found {config.bias!r}")
-        targets = config.target_modules or ("q_proj", "v_proj")  # PEFT's default for Llama
-        return cls(
-            r=config.r,
-            lora_alpha=config.lora_alpha,
-            lora_dropout=config.lora_dropout,
-            target_modules=targets if isinstance(targets, str) else sorted(targets),
-            use_rslora=config.use_rslora,
-        )
 
 
 class LoRALinear(Linear):

@@ -98,7 +98,7 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = self._rotate(q, k, rotary, attend.positions, rows)
         out = attend(self.layer, q, k, v, rows, self.window)
-        return self.o_proj(out.reshape(out.shape[0], -1))
+        return self.o_proj(out.flatten(1))
 
     @staticmethod
     def _rotate(

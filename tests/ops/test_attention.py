@@ -202,6 +202,16 @@ def test_large_scores(matches_reference, device, dtype):
     )
 
 
+def test_scores_far_below_zero(matches_reference, device):
+    """What is masked must not come in with score 0, the largest of all."""
+    layout = PackedLayout([6, 3, 5], [-1, 0, 0], device)
+    given = inputs(layout, head_dim=16)
+    given = {**given, "q": given["q"] + 20, "k": given["k"] - 20}
+    matches_reference(
+        attention, attention_reference, given, layout=layout, atol=1e-4, rtol=2000 * 2.0**-23
+    )
+
+
 def test_equal_scores_average_the_values(device):
     layout = PackedLayout([40], device=device)
     v = torch.randn(40, 1, 8, device=device)
