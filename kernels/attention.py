@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_tensor_device
+from .launch import on_tensor_device, schedule
 from .numerics import LN2, LOG2E, LOWEST, dot, dot_precision, narrow
 from .spans import (
     first_span,
@@ -145,8 +145,7 @@ def _constants(q: Tensor, k: Tensor, tiling: Tiling) -> dict[str, Any]:
         "BLOCK_M": tiling.queries,
         "BLOCK_N": tiling.keys,
         "PRECISION": dot_precision(q.dtype),
-        "num_warps": tiling.warps,
-        "num_stages": tiling.stages,
+        **schedule(tiling.warps, tiling.stages),
     }
 
 

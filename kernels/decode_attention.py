@@ -14,12 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import num_processors, on_tensor_device
+from .launch import is_cuda, num_processors, on_tensor_device, schedule
 from .numerics import LOG2E, LOWEST, dot, dot_precision, narrow
 from .tiles import NO_WINDOW, head_block, load_rows, softmax_step
 
-# Rows (sequences x heads) of a query tile: what a tensor core takes, and what registers hold.
-_MIN_ROWS, _MAX_ROWS = 16, 64
+# Rows (sequences x heads) of a query tile: what a tensor core takes, and what registers hold of
+# elements of 2 and of 4 bytes.
+_MIN_ROWS = 16
+_MAX_ROWS = {2: 64, 4: 32}
 _MAX_SPLITS = 32
 
 
@@ -59,7 +61,7 @@ def forward(
         return out
     key_heads = tail_k.shape[2]
     share = triton.cdiv(batch, max(1, prefix_starts.numel() - 1))
-    rows, sequences = _query_tile(heads // key_heads, share)
+    rows, sequences = _query_tile(heads // key_heads, share, q.element_size())
     tiles = triton.cdiv(batch, sequences)
     prefix_splits = _splits(prefix_k.shape[0], tiles * key_heads, q.device)
     tail_splits = _splits(tail_k.shape[1], batch * key_heads, q.device)
@@ -90,7 +92,7 @@ def forward(
             *limits,
             ROWS=rows,
             SEQUENCES=sequences,
-            num_warps=8 if rows > 32 else 4,
+            **schedule(8 if rows > 32 and is_cuda() else 4),
             **constants,
         )
     if tail_splits:
@@ -106,7 +108,7 @@ def forward(
             splits,
             *limits,
             ROWS=max(_MIN_ROWS, triton.next_power_of_2(heads // key_heads)),
-            num_warps=4,
+            **schedule(4),
             **constants,
         )
     combine_splits_kernel[(batch * heads,)](
@@ -117,15 +119,20 @@ def forward(
         SPLITS=triton.next_power_of_2(splits),
         D=head_dim,
         BLOCK_D=head_block(head_dim),
-        num_warps=4,
+        **schedule(4),
     )
     return out
 
 
-def _query_tile(heads: int, share: int) -> tuple[int, int]:
-    """Rows of a query tile, and how many sequences of a key head's `heads` fit into it."""
-    wanted = triton.next_power_of_2(heads * share)
-    rows = max(_MIN_ROWS, min(wanted, _MAX_ROWS), triton.next_power_of_2(heads))
+def _query_tile(heads: int, share: int, element_size: int) -> tuple[int, int]:
+    """Rows of a query tile, and how many sequences fit into it.
+
+    Args:
+        heads: query heads of a key head.
+        share: sequences of a prompt, on average.
+    """
+    wanted = min(heads * share, _MAX_ROWS[element_size])
+    rows = triton.next_power_of_2(max(_MIN_ROWS, wanted, heads))
     return rows, rows // heads
 
 

@@ -50,6 +50,14 @@ def num_warps(elements: int, per_thread: int = 16) -> int:
     return max(1, min(elements // (per_thread * lanes), _MAX_THREADS // lanes))
 
 
+def schedule(warps: int, stages: int = 2) -> dict[str, Any]:
+    """Compiler options of a launch: warps of a program, stages of its pipelined loops.
+
+    Fused multiply-add is asked for by name, because Triton 3.10 no longer does it by default.
+    """
+    return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+
+
 def on_tensor_device(function: Callable[..., Any]) -> Callable[..., Any]:
     """Makes the first argument's GPU current: Triton launches on the current one."""
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import num_warps, on_tensor_device
+from .launch import num_warps, on_tensor_device, schedule
 from .numerics import LOWEST, narrow
 
 _BLOCK = 4096
@@ -47,7 +47,7 @@ def forward(
             softcap,
             HAS_SOFTCAP=softcap > 0,
             BLOCK=block,
-            num_warps=num_warps(block),
+            **schedule(num_warps(block)),
         )
     return logp, entropy, lse
 
@@ -85,7 +85,7 @@ def backward_(
             softcap,
             HAS_SOFTCAP=softcap > 0,
             BLOCK=block,
-            num_warps=num_warps(block),
+            **schedule(num_warps(block)),
         )
 
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import num_warps, on_tensor_device
+from .launch import num_warps, on_tensor_device, schedule
 
 _BLOCK = 1024
 
@@ -42,7 +42,7 @@ def forward(
         pairs,
         centering,
         BLOCK=block,
-        num_warps=num_warps(block, per_thread=4),
+        **schedule(num_warps(block, per_thread=4)),
     )
     return loss, dchosen, drejected
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import num_processors, num_warps, on_tensor_device
+from .launch import num_processors, num_warps, on_tensor_device, schedule
 from .numerics import narrow
 
 # Elements of a tile when rows are short, and the longest row that registers can hold.
@@ -51,7 +51,7 @@ def forward(
             eps,
             ROWS=tile_rows,
             BLOCK=block,
-            num_warps=num_warps(tile_rows * block),
+            **schedule(num_warps(tile_rows * block)),
         )
     return y, h, rstd
 
@@ -93,7 +93,7 @@ def backward(
             columns,
             ROWS=tile_rows,
             BLOCK=block,
-            num_warps=num_warps(tile_rows * block, per_thread=8),
+            **schedule(num_warps(tile_rows * block, per_thread=8)),
         )
     return dx, rstd[:0] if partial is None else partial.sum(0)
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import num_warps, on_tensor_device
+from .launch import num_warps, on_tensor_device, schedule
 from .numerics import narrow
 
 # Pairs that are rotated at once.
@@ -47,7 +47,7 @@ def forward(
             HALF=head_dim // 2,
             HALF_BLOCK=half_block,
             HEAD_BLOCK=head_block,
-            num_warps=num_warps(head_block * half_block, per_thread=8),
+            **schedule(num_warps(head_block * half_block, per_thread=8)),
         )
     return rotated_q, rotated_k
 

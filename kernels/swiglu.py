@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import num_warps, on_tensor_device
+from .launch import num_warps, on_tensor_device, schedule
 from .numerics import narrow
 
 _BLOCK = 2048
@@ -24,7 +24,7 @@ def forward(gate: Tensor, up: Tensor) -> Tensor:
     count = gate.numel()
     if count:
         swiglu_forward_kernel[(triton.cdiv(count, _BLOCK),)](
-            gate, up, out, count, BLOCK=_BLOCK, num_warps=num_warps(_BLOCK)
+            gate, up, out, count, BLOCK=_BLOCK, **schedule(num_warps(_BLOCK))
         )
     return out
 
@@ -36,7 +36,7 @@ def backward(dout: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     count = gate.numel()
     if count:
         swiglu_backward_kernel[(triton.cdiv(count, _BLOCK),)](
-            dout, gate, up, dgate, dup, count, BLOCK=_BLOCK, num_warps=num_warps(_BLOCK)
+            dout, gate, up, dgate, dup, count, BLOCK=_BLOCK, **schedule(num_warps(_BLOCK))
         )
     return dgate, dup
 

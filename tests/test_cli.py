@@ -231,7 +231,7 @@ def test_defaults_shown_are_those_of_the_functions(name: str) -> None:
 
 def test_lora_defaults_shown_are_those_of_its_config() -> None:
     from fastllm.cli.train import LORA
-    from fastllm.model.lora import LoraConfig
+    from fastllm.model.lora_config import LoraConfig
 
     shown = {option.name: option.default for option in COMMANDS["sft"].options()}
     config = LoraConfig()

@@ -43,8 +43,9 @@ def test_the_licence_is_apache(project: dict[str, Any]) -> None:
 
 def test_nothing_is_pinned(project: dict[str, Any]) -> None:
     extras = project["project"]["optional-dependencies"]
-    for requirement in [*project["project"]["dependencies"], *sum(extras.values(), [])]:
-        assert "==" not in requirement.split(";")[0], requirement
+    for requirements in (project["project"]["dependencies"], *extras.values()):
+        for requirement in requirements:
+            assert "==" not in requirement.split(";")[0], requirement
 
 
 def test_the_build_does_not_ask_for_torch(project: dict[str, Any]) -> None:
@@ -122,8 +123,10 @@ def test_no_registry_hosts_in_the_tree() -> None:
 
 def test_without_a_compiler_the_package_still_builds(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path / "lib")]
-        + ["--build-temp", str(tmp_path / "temp")],
+        [
+            *(sys.executable, "setup.py", "build_ext"),
+            *("--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp")),
+        ],
         cwd=ROOT,
         env={**os.environ, "CXX": "no-such-compiler"},
         capture_output=True,

@@ -102,7 +102,7 @@ def _prepare(
 
     configure_logging()
     if peft is not None:
-        from fastllm.model.lora import LoraConfig
+        from fastllm.model.lora_config import LoraConfig
 
         values["peft_config"] = LoraConfig(**peft)
     return data, out

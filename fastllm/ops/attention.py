@@ -112,6 +112,11 @@ class _Attention(torch.autograd.Function):
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, window: int | None) -> None:
+    if not q.dim() == k.dim() == v.dim() == 3:
+        raise ValueError(
+            "attention: expected q [N, H, D], k and v [T, K, D], "
+            f"found {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+        )
     heads, head_dim = q.shape[1:]
     if q.shape[0] != layout.num_queries:
         raise ValueError(

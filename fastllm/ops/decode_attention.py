@@ -48,13 +48,19 @@ def decode_attention(
         RuntimeError: gradients are asked for.
     """
     _check(q, prefix_k, prefix_v, tail_k, tail_v, group, tail_rows, tail_lengths)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, prefix_k, tail_k)):
+    if window is not None and window < 1:
+        raise ValueError(f"decode_attention: window must be at least 1 or None, found {window}")
+    floats = q, prefix_k, prefix_v, tail_k, tail_v
+    if torch.is_grad_enabled() and any(t.requires_grad for t in floats):
         raise RuntimeError("decode_attention has no backward pass: call it under torch.no_grad()")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     cache = prefix_k, prefix_v, prefix_starts, group, tail_k, tail_v, tail_rows, tail_lengths
     raw = backend.kernels("decode_attention", q, *cache)
     if raw is None:
         return decode_attention_reference(q, *cache, scale, window)
+    if not all(tensor.is_contiguous() for tensor in cache):
+        # A silent copy of a whole cache for each token would be worse than an error.
+        raise ValueError("decode_attention: the caches and their indices must be contiguous")
     return raw.forward(q.contiguous(), *cache, scale, window or 0)
 
 
@@ -92,10 +98,12 @@ def decode_attention_reference(
     visible = torch.where(in_prompt, column < prompt[:, None], column - before < tail[:, None])
     if window is not None:
         visible &= position > newest - window
+    # What nobody sees may be uninitialised memory, and 0 * NaN is NaN.
+    unseen = ~visible[:, :, None, None]
     out = F.scaled_dot_product_attention(
         q.unsqueeze(2),
-        keys.transpose(1, 2),
-        values.transpose(1, 2),
+        keys.masked_fill(unseen, 0).transpose(1, 2),
+        values.masked_fill(unseen, 0).transpose(1, 2),
         attn_mask=visible[:, None, None, :],
         scale=scale,
         enable_gqa=True,

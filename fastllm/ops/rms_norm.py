@@ -39,8 +39,11 @@ def rms_norm(
     raw = backend.kernels("rms_norm", x, weight, residual)
     if raw is None:
         return rms_norm_reference(x, weight, eps, residual)
-    y, h = _RMSNorm.apply(x, weight.to(x.dtype), eps, residual, raw)
-    return y if residual is None else (y, h)
+    rows = x.reshape(-1, x.shape[-1])
+    if residual is None:
+        return _RMSNorm.apply(rows, weight.to(x.dtype), eps, None, raw)[0].view(x.shape)
+    y, h = _RMSNorm.apply(rows, weight.to(x.dtype), eps, residual.reshape(rows.shape), raw)
+    return y.view(x.shape), h.view(x.shape)
 
 
 def rms_norm_reference(
@@ -59,29 +62,21 @@ class _RMSNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, raw: Any
     ) -> tuple[Tensor, Tensor | None]:
-        channels = x.shape[-1]
-        rows = x.reshape(-1, channels).contiguous()
-        added = None if residual is None else residual.reshape(-1, channels).contiguous()
-        y, h, rstd = raw.forward(rows, weight.contiguous(), eps, added)
-        ctx.save_for_backward(rows if residual is None else h, weight, rstd)
+        x, weight = x.contiguous(), weight.contiguous()
+        added = None if residual is None else residual.contiguous()
+        y, h, rstd = raw.forward(x, weight, eps, added)
+        ctx.save_for_backward(x if residual is None else h, weight, rstd)
         ctx.raw, ctx.fused = raw, residual is not None
         ctx.set_materialize_grads(False)
-        return y.view(x.shape), h.view(x.shape) if ctx.fused else None
+        return y, h if ctx.fused else None
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return dh, None, None, dh if ctx.fused else None, None
         h, weight, rstd = ctx.saved_tensors
-        dh_rows = None if dh is None else dh.reshape(h.shape).contiguous()
-        dx, dweight = ctx.raw.backward(
-            dy.reshape(h.shape).contiguous(),
-            dh_rows,
-            h,
-            weight.contiguous(),
-            rstd,
-            ctx.needs_input_grad[1],
-        )
-        dx = dx.view(dy.shape)
-        dweight = dweight.to(weight.dtype) if ctx.needs_input_grad[1] else None
+        dh = None if dh is None else dh.contiguous()
+        needs_weight = ctx.needs_input_grad[1]
+        dx, dweight = ctx.raw.backward(dy.contiguous(), dh, h, weight, rstd, needs_weight)
+        dweight = dweight.to(weight.dtype) if needs_weight else None
         return dx, dweight, None, dx if ctx.fused else None, None

@@ -180,6 +180,7 @@ def score_completions(
 
 
 def reward_name(function: Callable[..., Any]) -> str:
+    """What the metrics of a reward function are called: its `__name__`, as in TRL."""
     return getattr(function, "__name__", type(function).__name__)
 
 

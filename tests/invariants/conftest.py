@@ -127,7 +127,9 @@ def step(trainer: Any) -> Callable[..., Loss]:
                 batch, weight = one.batch, one.weight
             else:
                 batch, weight, _ = trainer._collate(chosen)
-            loss, _ = trainer.loss(trainer.model, batch.to(trainer.device) if not collate else batch)
+            loss, _ = trainer.loss(
+                trainer.model, batch.to(trainer.device) if not collate else batch
+            )
             total, normaliser = total + loss, normaliser + weight
         (total / normaliser).backward()
         trainer.args = original

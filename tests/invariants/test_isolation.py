@@ -27,7 +27,7 @@ def embedded(config, device):
     return run
 
 
-@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("window", [pytest.param(None, marks=pytest.mark.large), 3])
 def test_documents_do_not_see_each_other(embedded, config, device, ids, window):
     config.sliding_window, config.layer_types = window, ["sliding_attention", "full_attention"]
     model = Transformer(config).to(device)
@@ -44,6 +44,7 @@ def test_documents_do_not_see_each_other(embedded, config, device, ids, window):
         assert (embeddings.grad[first:last].abs().sum(-1) > 0).all()
 
 
+@pytest.mark.large
 def test_a_token_does_not_see_those_after_it(embedded, config, device, ids):
     model = Transformer(config).to(device)
     model.forward = model.hidden
@@ -81,6 +82,7 @@ def test_a_pair_is_two_sequences(embedded, config, device, ids):
     assert seen.tolist() == [True] * 7 + [False] * 7
 
 
+@pytest.mark.large
 def test_what_a_neighbour_says_changes_no_bit(config, device, ids):
     model = Transformer(config).to(device)
     document, mask = ids(9), [True] * 9

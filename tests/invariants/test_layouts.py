@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+
+from fastllm.model.transformer import PackedAttend
 
 
 @pytest.fixture
@@ -12,6 +16,7 @@ def plain(step, examples):
     return step([examples])
 
 
+@pytest.mark.large
 def test_the_gradient_reaches_every_parameter(plain, trainer):
     loss, gradients = plain
     assert loss.isfinite() and loss != 0
@@ -19,30 +24,32 @@ def test_the_gradient_reaches_every_parameter(plain, trainer):
     assert all(gradient.abs().max() > 0 for gradient in gradients.values())
 
 
+def test_the_layout_does_not_matter(step, examples, plain, assert_same):
+    assert_same(step([examples[:0:-1], examples[:1]]), plain)  # another order, another cut
+    assert_same(step([examples], packing=False), plain)
+    assert_same(step([examples], share_prefix=False), plain)
+
+
+@pytest.mark.large
 def test_the_order_of_packing_does_not_matter(step, examples, plain, assert_same):
     assert_same(step([examples[::-1]]), plain)
     assert_same(step([[*examples[1::2], *examples[::2]]]), plain)
 
 
+@pytest.mark.large
 def test_the_cut_into_passes_does_not_matter(step, examples, plain, assert_same):
     """Passes with very different token counts weigh by their tokens, not one each."""
     assert_same(step([examples[:1], examples[1:]]), plain)
     assert_same(step([[example] for example in examples]), plain)
 
 
-def test_padding_does_not_matter(step, examples, plain, assert_same):
-    assert_same(step([examples], packing=False), plain)
-
-
-def test_sharing_prefixes_does_not_matter(step, examples, plain, assert_same):
-    assert_same(step([examples], share_prefix=False), plain)
-
-
+@pytest.mark.large
 def test_recomputing_activations_does_not_matter(step, examples, plain, trainer, assert_same):
     trainer.model.model.gradient_checkpointing = True
     assert_same(step([examples]), plain)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("kind", ["grpo"], indirect=True)
 @pytest.mark.parametrize(
     "changes",
@@ -60,16 +67,16 @@ def test_every_normaliser_is_that_of_the_step(step, examples, assert_same, chang
     assert_same(step([examples], packing=False, **changes), whole)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("kind", ["grpo"], indirect=True)
 def test_a_masked_completion_is_as_good_as_absent(step, examples, assert_same):
-    from dataclasses import replace
-
     masked = [replace(s, masked=i in (1, 3)) for i, s in enumerate(examples)]
     present = [s for s in masked if not s.masked]
     assert_same(step([masked]), step([present]))
     assert_same(step([masked[:1], masked[1:2], masked[2:]]), step([present]))
 
 
+@pytest.mark.large
 def test_the_last_layer_may_skip_rows_that_nobody_reads(trainer, examples, kind):
     if kind == "grpo":
         batch = trainer.source()._pass(examples).batch.tokens
@@ -78,8 +85,6 @@ def test_the_last_layer_may_skip_rows_that_nobody_reads(trainer, examples, kind)
     trunk, direction = trainer.model.model, None
     found = []
     for rows in (batch.rows, None):
-        from fastllm.model.transformer import PackedAttend
-
         trainer.model.zero_grad()
         hidden = trunk(batch.input_ids, PackedAttend(batch.layout, rows), rows)
         hidden = hidden if rows is not None else hidden[batch.rows]
