@@ -31,10 +31,12 @@ from .training.logging import read_metrics
 from .training.rm import train_rm
 from .training.sft import train_sft
 
-KINDS = ("add", "sub", "rev", "sort")
+# Sums are left out: to check them, a model this small needs more than these minutes.
+KINDS = ("max", "copy", "rev", "sort")
 LEVELS = (1, 2)
 CARELESS = 0.6
 HELDOUT = 500
+SLIPS = 3  # wrong answers to each practice task
 MAX_ANSWER = 12  # tokens
 
 
@@ -42,11 +44,11 @@ MAX_ANSWER = 12  # tokens
 class Budget:
     """How much of everything."""
 
-    demonstrations: int = 12_000
-    prompts: int = 40_000
-    sft_steps: int = 700
-    rm_steps: int = 1500
-    grpo_steps: int = 150
+    demonstrations: int = 16_000
+    prompts: int = 30_000
+    sft_steps: int = 600
+    rm_steps: int = 1800
+    grpo_steps: int = 120
 
 
 QUICK = Budget(demonstrations=400, prompts=400, sft_steps=30, rm_steps=20, grpo_steps=4)
@@ -106,7 +108,7 @@ def _train(out: Path, seed: int, budget: Budget) -> list[Stage]:
 
     def reward_model() -> float:
         train_rm(
-            preference_pairs(practice, seed),
+            preference_pairs(practice * SLIPS, seed),
             out / "rm",
             model=out / "sft",
             eval_pairs=preference_pairs(held, seed),

@@ -41,12 +41,17 @@ _DQ = {
     (4, 256): Tiling(16, 16, 8, 1),
 }
 _DKDV = {
-    (2, 64): Tiling(64, 64, 4, 2),
+    (2, 64): Tiling(32, 64, 4, 2),
     (2, 128): Tiling(32, 64, 8, 2),
     (2, 256): Tiling(32, 32, 8, 1),
-    (4, 64): Tiling(32, 32, 4, 1),
+    (4, 64): Tiling(16, 32, 4, 1),
     (4, 128): Tiling(16, 16, 4, 1),
     (4, 256): Tiling(16, 16, 8, 1),
+}
+# Blackwell keeps products in tensor memory, and reads them from there into registers.
+_DKDV_BLACKWELL = _DKDV | {
+    (2, 64): Tiling(32, 64, 8, 2),
+    (2, 128): Tiling(32, 64, 8, 1),
 }
 # AMD: no asynchronous copies to overlap, 64 threads in a warp, 64 KiB of shared memory.
 _FORWARD_AMD = _FORWARD | {
@@ -68,24 +73,23 @@ _DKDV_AMD = _DKDV | {
 
 def forward_tiling(q: Tensor, layout: Any) -> Tiling:
     """For the forward pass, one program per query tile."""
-    return _fit(_of(q, _FORWARD, _FORWARD_AMD), layout)
+    return _fit((_FORWARD if is_cuda() else _FORWARD_AMD)[_key(q)], layout)
 
 
 def dq_tiling(q: Tensor, layout: Any) -> Tiling:
     """For the gradient of queries, one program per query tile."""
-    return _fit(_of(q, _DQ, _DQ_AMD), layout)
+    return _fit((_DQ if is_cuda() else _DQ_AMD)[_key(q)], layout)
 
 
 def dkdv_tiling(q: Tensor) -> Tiling:
     """For the gradients of keys and values, one program per key tile."""
-    return _of(q, _DKDV, _DKDV_AMD)
+    if is_cuda(minimum_arch=100):
+        return _DKDV_BLACKWELL[_key(q)]
+    return (_DKDV if is_cuda() else _DKDV_AMD)[_key(q)]
 
 
-def _of(
-    q: Tensor, cuda: dict[tuple[int, int], Tiling], amd: dict[tuple[int, int], Tiling]
-) -> Tiling:
-    table = cuda if is_cuda() else amd
-    return table[q.element_size(), max(64, head_block(q.shape[2]))]
+def _key(q: Tensor) -> tuple[int, int]:
+    return q.element_size(), max(64, head_block(q.shape[2]))
 
 
 def _fit(tiling: Tiling, layout: Any) -> Tiling:

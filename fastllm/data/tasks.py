@@ -6,6 +6,7 @@ Every task is one short line with one right answer, at three levels of difficult
     add     "3+5=" 8     "12+35=" 47     "123+456=" 579
     sub     "8-3=" 5     "47-12=" 35     "579-456=" 123
     chain                                "12+30-7=" 35
+    max     "max 12 35>" 35  3 digits     4 digits
     copy    "copy abc>"  4 or 5 letters  6 to 8 letters
     rev     "rev abc>"   4 or 5 letters  6 to 8 letters
     sort    "sort cab>"  4 or 5 letters  6 to 8 letters
@@ -151,6 +152,11 @@ def _chain(level: int, rng: random.Random) -> tuple[str, str]:
     return f"{a}+{b}-{c}=", str(a + b - c)
 
 
+def _max(level: int, rng: random.Random) -> tuple[str, str]:
+    a, b = _number(level + 1, rng), _number(level + 1, rng)
+    return f"max {a} {b}>", str(max(a, b))
+
+
 def _copy(level: int, rng: random.Random) -> tuple[str, str]:
     word = _word(level, rng)
     return f"copy {word}>", word
@@ -188,6 +194,7 @@ KINDS: dict[str, tuple[_Draw, tuple[int, ...]]] = {
     "add": (_add, (1, 2, 3)),
     "sub": (_sub, (1, 2, 3)),
     "chain": (_chain, (3,)),
+    "max": (_max, (1, 2, 3)),
     "copy": (_copy, (1, 2, 3)),
     "rev": (_rev, (1, 2, 3)),
     "sort": (_sort, (1, 2, 3)),
@@ -232,9 +239,10 @@ def careless_answer(task: Task) -> str:
     """Return what somebody answers who always takes the same short cut.
 
     Columns are added without carrying and subtracted the smaller from the larger; the last step
-    of a chain is left out; a word keeps its first letter when reversed, only gets its smallest
-    letter to the front when sorted, and loses its last letter when copied; the last letter is
-    not counted. Often that is wrong, sometimes it is right.
+    of a chain is left out; the first number counts as the larger one. A word keeps its first
+    letter when reversed, only gets its smallest letter to the front when sorted, and loses its
+    last letter when copied; when letters are counted, the last one is not looked at. Often that
+    is wrong, sometimes it is right.
     """
     return _SHORT_CUTS[task.kind](task.prompt)
 
@@ -275,6 +283,7 @@ _SHORT_CUTS: dict[str, Callable[[str], str]] = {
     "add": _without_carrying,
     "sub": _smaller_from_larger,
     "chain": _without_last_step,
+    "max": lambda prompt: prompt.split()[1],
     "copy": lambda prompt: _word_of(prompt)[:-1],
     "rev": lambda prompt: _word_of(prompt)[0] + _word_of(prompt)[:0:-1],
     "sort": _smallest_first,
@@ -298,7 +307,8 @@ def _near(task: Task, rng: random.Random) -> str:
 
 def _one_digit_off(task: Task, rng: random.Random) -> str:
     place = 10 ** rng.randrange(len(task.answer))
-    return str(abs(int(task.answer) + rng.choice((-place, place))))
+    wrong = str(abs(int(task.answer) + rng.choice((-place, place))))
+    return wrong if len(wrong) >= len(task.answer) else ""
 
 
 def _another_digit(task: Task, rng: random.Random) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import random
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -159,6 +160,7 @@ class Trainer:
 
     def _load(self, model: str | Path | nn.Module | ModelConfig) -> Any:
         torch.manual_seed(self.args.seed)
+        random.seed(self.args.seed)  # reward functions may draw from it
         if isinstance(model, ModelConfig):
             return self.model_class(model)
         if isinstance(model, str | Path):

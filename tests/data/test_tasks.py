@@ -11,6 +11,7 @@ from fastllm.data.records import preference_records, prompt_records, sft_records
 from fastllm.data.tasks import (
     KINDS,
     Task,
+    careless_answer,
     check,
     create_dummy_preference_data,
     demonstrations,
@@ -30,6 +31,8 @@ def solved(prompt: str) -> str:
     if count := re.fullmatch(r"count (\w) in (\w+)>", prompt):
         letter, word = count.groups()
         return str(len(word) - len(word.replace(letter, "")))
+    if larger := re.fullmatch(r"max (\d+) (\d+)>", prompt):
+        return max(larger.groups(), key=lambda digits: (len(digits), digits))
     verb, word = re.fullmatch(r"(\w+) (\w+)>", prompt).groups()
     letters = list(word)
     if verb == "rev":
@@ -70,7 +73,7 @@ def test_all_kinds_come_evenly():
     tasks = generate_tasks(4000, seed=0)
     counts = {kind: sum(task.kind == kind for task in tasks) for kind in KINDS}
     assert all(counts.values())
-    assert counts["count"] == pytest.approx(4000 / 17, rel=0.25)
+    assert counts["count"] == pytest.approx(4000 / 20, rel=0.25)
 
 
 def test_deterministic_and_a_prefix_of_more():
@@ -84,10 +87,10 @@ def test_deterministic_and_a_prefix_of_more():
 def test_these_very_tasks():
     """Results are compared between versions, so the tasks must not change unnoticed."""
     assert [task.prompt + task.answer for task in generate_tasks(4, seed=0)] == [
-        "0+4=4",
-        "copy iccb>iccb",
-        "sort fjc>cfj",
-        "sort bhegbafe>abbeefgh",
+        "sort iaic>acii",
+        "66-44=22",
+        "max 635 202>635",
+        "sort jjfjc>cfjjj",
     ]
 
 
@@ -126,7 +129,7 @@ def test_wrong_answers_are_wrong_but_near():
         assert wrong
         assert not check(task, wrong)
         assert wrong.isdigit() == task.answer.isdigit()
-        assert abs(len(wrong) - len(task.answer)) <= 1
+        assert abs(len(wrong) - len(task.answer)) <= 1 or wrong == careless_answer(task)
         assert wrong == "0" or not wrong.startswith("0")
 
 
@@ -134,6 +137,36 @@ def test_even_the_smallest_answers_have_wrong_ones():
     rng = random.Random(0)
     for task in (Task("0+0=", "0", "add", 1), Task("copy aaa>", "aaa", "copy", 1)):
         assert len({wrong_answer(task, rng) for _ in range(100)}) > 2
+
+
+@pytest.mark.parametrize(
+    ("prompt", "kind", "answer"),
+    [
+        ("58+67=", "add", "115"),
+        ("12+35=", "add", "47"),
+        ("52-17=", "sub", "45"),
+        ("110-20=", "sub", "110"),
+        ("12+30-7=", "chain", "42"),
+        ("max 12 35>", "max", "12"),
+        ("copy abc>", "copy", "ab"),
+        ("rev abcd>", "rev", "adcb"),
+        ("sort dbca>", "sort", "adbc"),
+        ("count a in abca>", "count", "1"),
+    ],
+)
+def test_careless_answers(prompt, kind, answer):
+    assert careless_answer(Task(prompt, "?", kind, 2)) == answer
+
+
+def test_careless_demonstrations():
+    tasks = generate_tasks(2000, seed=0, levels=[2], kinds=["rev"])
+    records = demonstrations(tasks, careless=0.6, seed=1)
+    careless = [r["completion"] == careless_answer(t) for r, t in zip(records, tasks, strict=True)]
+    right = [r["completion"] == t.answer for r, t in zip(records, tasks, strict=True)]
+    assert all(a or b for a, b in zip(careless, right, strict=True))
+    assert sum(careless) / 2000 == pytest.approx(0.6, abs=0.05)
+    assert records == demonstrations(tasks, careless=0.6, seed=1)
+    assert records != demonstrations(tasks, careless=0.6, seed=2)
 
 
 def test_records():

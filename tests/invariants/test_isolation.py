@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -36,7 +38,7 @@ def test_documents_do_not_see_each_other(embedded, config, device, ids, window):
     tokens = torch.tensor(ids(layout.total_tokens), device=device)
     hidden, embeddings = embedded(model, tokens, layout)
     bounds = layout.offsets
-    for first, last in zip(bounds, bounds[1:], strict=False):
+    for first, last in pairwise(bounds):
         embeddings.grad = None
         hidden[first:last].square().sum().backward(retain_graph=True)
         outside = torch.cat((embeddings.grad[:first], embeddings.grad[last:]))
