@@ -657,6 +657,18 @@ def test_a_text_longer_than_the_reward_model_is_not_cut(
     assert "long.jsonl:1: 101 tokens, but the model reads at most 64" in line
 
 
+def test_missing_kernels_are_said(
+    policy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastllm.ops import cpp
+
+    monkeypatch.setattr(cpp, "available", lambda: False)
+    monkeypatch.setattr(cpp, "reason", lambda: "C++ extension not built")
+    argv = ["generate", "--model", str(policy), "--prompt", "1+1=", "--device=cpu"]
+    assert main([*argv, "--max_new_tokens=1"]) == 0
+    assert "ops run on PyTorch, slower: C++ extension not built" in capsys.readouterr().err
+
+
 def test_env_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from fastllm import ops
 

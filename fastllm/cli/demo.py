@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .folder import check_run_folder
+from .log import start_log
 
 
 def demo(values: dict[str, Any]) -> int:
@@ -14,9 +15,7 @@ def demo(values: dict[str, Any]) -> int:
     for folder in (out, *sorted(out.glob("*/"))):
         check_run_folder(folder, overwrite=values.get("overwrite", False))
     from fastllm.demo import run_demo
-    from fastllm.training.logging import configure_logging
 
-    configure_logging()
-
+    start_log()
     run_demo(out, seed=values.get("seed", 0), quick=values.get("quick", False))
     return 0

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from .folder import check_file
+from .log import start_log
 from .options import UsageError
+from .summary import print_table
 
 if TYPE_CHECKING:
     from fastllm.data.encoding import EncodedPrompt
@@ -115,19 +117,22 @@ def score(values: dict[str, Any]) -> int:
         for record, columns in zip(records, scores, strict=True):
             if file is not None:
                 file.write(json.dumps({**record, **columns}, ensure_ascii=False) + "\n")
-    _print_scores(scores)
     samples = len(scores) * (2 if paired else 1)
-    print(f"samples/s         {samples / seconds:,.1f} ({samples:,} samples)")
+    print_table([*_means(scores), ("samples/s", f"{samples / seconds:,.1f} ({samples:,} samples)")])
     return 0
 
 
-def _print_scores(scores: list[dict[str, float]]) -> None:
-    for name in scores[0]:
-        mean = sum(row[name] for row in scores) / len(scores)
-        print(f"mean {name:12} {mean:.4f}")
+def _means(scores: list[dict[str, float]]) -> list[tuple[str, str]]:
+    """Mean scores and, for pairs, how many are ranked right."""
+    rows = [
+        (f"mean {name}", f"{sum(row[name] for row in scores) / len(scores):.4f}")
+        for name in scores[0]
+    ]
     if "chosen_score" in scores[0]:
         right = sum(row["chosen_score"] > row["rejected_score"] for row in scores)
-        print(f"accuracy          {right / len(scores):.4f} ({right:,} of {len(scores):,} pairs)")
+        share = f"{right / len(scores):.4f} ({right:,} of {len(scores):,} pairs)"
+        rows.append(("accuracy", share))
+    return rows
 
 
 def _load(values: dict[str, Any], kind: type) -> tuple[Any, Tokenizer]:
@@ -136,10 +141,9 @@ def _load(values: dict[str, Any], kind: type) -> tuple[Any, Tokenizer]:
     from fastllm.model import weights
     from fastllm.training.config import TrainingConfig
     from fastllm.training.devices import pick_device, pick_dtype
-    from fastllm.training.logging import configure_logging
     from fastllm.training.start import tokenizer_of
 
-    configure_logging()
+    start_log()
     wanted = {name: values[name] for name in ("device", "dtype") if name in values}
     config = TrainingConfig(**wanted)
     device = pick_device(config)

@@ -16,8 +16,15 @@ def print_summary(folder: Path) -> None:
     if speeds:
         rows.append(("tokens/s", f"{statistics.median(speeds):,.0f}"))
     rows.append(("written to", str(folder)))
+    print()
+    print_table(rows)
+
+
+def print_table(rows: list[tuple[str, str]]) -> None:
+    """Print names and values in two columns."""
     width = max(len(name) for name, _ in rows)
-    print("\n".join(["", *(f"{name:{width}}  {value}" for name, value in rows)]))
+    for name, value in rows:
+        print(f"{name:{width}}  {value}")
 
 
 def held_out(lines: list[dict[str, Any]]) -> dict[str, str]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .commands import DEFAULT_BLOCK_SIZE, DEFAULT_COMPLETION_LENGTH, DEFAULT_EVAL_FRACTION
 from .folder import check_run_folder
+from .log import start_log
 from .options import UsageError
 from .summary import print_summary
 
@@ -97,10 +98,7 @@ def _prepare(
     config(output_dir=str(out), **{name: values[name] for name in values if name in known})
     resume = values.get("resume", "never")
     check_run_folder(out, overwrite=values.get("overwrite_output_dir", False), resume=resume)
-
-    from fastllm.training.logging import configure_logging
-
-    configure_logging()
+    start_log()
     if peft is not None:
         from fastllm.model.lora_config import LoraConfig
 

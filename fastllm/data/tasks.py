@@ -92,13 +92,23 @@ def demonstrations(
     ]
 
 
-def preference_pairs(tasks: Iterable[Task], seed: int) -> list[dict[str, str]]:
-    """Return preference records: the right answer against a subtly wrong one."""
+def preference_pairs(
+    tasks: Iterable[Task], seed: int, careless: float = 0.0
+) -> list[dict[str, str]]:
+    """Return preference records: the right answer against a subtly wrong one.
+
+    A share of `careless` of the wrong answers are the careless ones, where those are wrong.
+    """
     rng = random.Random(f"pairs {seed}")
     return [
-        {"prompt": task.prompt, "chosen": task.answer, "rejected": wrong_answer(task, rng)}
+        {"prompt": task.prompt, "chosen": task.answer, "rejected": _rejected(task, rng, careless)}
         for task in tasks
     ]
+
+
+def _rejected(task: Task, rng: random.Random, careless: float) -> str:
+    short_cut = careless_answer(task) if rng.random() < careless else task.answer
+    return wrong_answer(task, rng) if short_cut == task.answer else short_cut
 
 
 def grpo_prompts(tasks: Iterable[Task]) -> list[dict[str, str]]:

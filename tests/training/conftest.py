@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def model_config(tokenizer: Tokenizer) -> ModelConfig:
 def base(model_config: ModelConfig, tokenizer: Tokenizer, tmp_path: Path) -> str:
     """Folder of a random language model with its tokenizer."""
     folder = tmp_path / "base"
-    save_model(Transformer(model_config), folder)
+    save_model(Transformer(replace(model_config, initializer_range=0.3)), folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 
@@ -71,13 +72,17 @@ def base(model_config: ModelConfig, tokenizer: Tokenizer, tmp_path: Path) -> str
 @pytest.fixture
 def items() -> list[dict[str, str]]:
     """Ten demonstrations of very different lengths."""
-    return [{"prompt": f"{'ab' * (i % 3)}{i}?", "completion": "yes" * (i % 4 + 1)} for i in range(10)]
+    return [
+        {"prompt": f"{'ab' * (i % 3)}{i}?", "completion": "yes" * (i % 4 + 1)} for i in range(10)
+    ]
 
 
 @pytest.fixture
 def pairs() -> list[dict[str, str]]:
     """Ten pairs: a digit is better than a letter."""
-    return [{"prompt": "q" * (i % 3), "chosen": f"{i}", "rejected": "abcdefghij"[i]} for i in range(10)]
+    return [
+        {"prompt": "q" * (i % 3), "chosen": f"{i}", "rejected": "abcdefghij"[i]} for i in range(10)
+    ]
 
 
 def count_digits(completions: list[str], **_: Any) -> list[float]:

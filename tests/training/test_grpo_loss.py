@@ -79,7 +79,9 @@ def theirs(trl_trainer, config, logps, masked=(), on_policy=False):
         "args": SimpleNamespace(
             delta=config.delta, use_bias_correction_kl=True, steps_per_generation=1
         ),
-        "accelerator": SimpleNamespace(num_processes=1, gather=lambda t: t),
+        "accelerator": SimpleNamespace(
+            num_processes=1, gather=lambda t: t, reduce=lambda t, reduction: t
+        ),
         "_metrics": {"train": defaultdict(list), "eval": defaultdict(list)},
         "_get_per_token_logps_and_entropies": lambda *_, **__: (logp, torch.zeros_like(logp), None),
     }
@@ -128,13 +130,17 @@ def test_value_and_gradient_are_those_of_trl(trl_trainer, logps, name, options, 
     expected, expected_gradient, expected_metrics = theirs(trl_trainer, config, logps, masked)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-7)
-    if config.beta:
-        total, count = metrics["kl"]
-        assert float(total) / count == pytest.approx(expected_metrics["kl"][0], rel=1e-5)
     for metric in ("clip_ratio/low_mean", "clip_ratio/high_mean", "cispo_clip_ratio"):
         if metric in metrics and config.importance_sampling_level == "token":
             total, count = metrics[metric]
             assert float(total) / count == pytest.approx(expected_metrics[metric][0], abs=1e-6)
+
+
+def test_the_kl_metric_is_the_k3_estimate(logps):
+    _, _, metrics = ours(GRPOConfig(beta=0.3), logps)
+    gap = (logps["reference"] - logps["logp"])[real()]
+    total, count = metrics["kl"]
+    assert float(total) / count == pytest.approx(float((gap.exp() - gap - 1).mean()), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -128,9 +128,7 @@ def test_evaluating_does_not_change_training(make, items, fingerprint):
         ({"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}, [6, 7]),
     ],
 )
-def test_checkpoints_come_when_they_are_asked_for_and_at_the_end(
-    make, tmp_path, options, expected
-):
+def test_checkpoints_come_when_they_are_asked_for_and_at_the_end(make, tmp_path, options, expected):
     make("sft", max_steps=7, **options).train()
     found = sorted(int(path.name.split("-")[1]) for path in checkpoints(tmp_path / "run"))
     assert found == expected

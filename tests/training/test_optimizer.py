@@ -22,7 +22,9 @@ def weights(model):
 
 
 def test_matrices_decay_and_vectors_do_not(model):
-    optimizer = Optimizer(model, SFTConfig(weight_decay=0.1, adam_beta1=0.8, adam_beta2=0.95), False)
+    optimizer = Optimizer(
+        model, SFTConfig(weight_decay=0.1, adam_beta1=0.8, adam_beta2=0.95), False
+    )
     decayed, others = optimizer.adamw.param_groups
     assert [p.dim() for p in decayed["params"]] == [2, 2] and decayed["weight_decay"] == 0.1
     assert {p.dim() for p in others["params"]} == {1} and others["weight_decay"] == 0
