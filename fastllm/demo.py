@@ -36,7 +36,7 @@ KINDS = ("max", "copy", "rev", "sort")
 LEVELS = (1, 2)
 CARELESS = 0.6
 HELDOUT = 500
-SLIPS = 3  # wrong answers to each practice task
+SLIPS = 5  # wrong answers to each practice task
 MAX_ANSWER = 12  # tokens
 
 
@@ -47,7 +47,7 @@ class Budget:
     demonstrations: int = 16_000
     prompts: int = 30_000
     sft_steps: int = 600
-    rm_steps: int = 2000
+    rm_steps: int = 3000
     grpo_steps: int = 100
 
 

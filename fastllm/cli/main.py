@@ -52,6 +52,10 @@ def _run(argv: list[str]) -> int:
         raise UsageError(f"unknown {kind} {argv[0]!r}{near}")
     command = COMMANDS[argv[0]]
     values = _values(command, argv[1:])
+    # Threads that spin at a barrier take the core from the one that they wait for: on a machine
+    # that does other work too, a step then takes many times as long. OpenMP reads this when torch
+    # is loaded, so it has to be said here.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     return 0 if values is None else command.load()(values)
 
 

@@ -71,12 +71,16 @@ def disable_lora(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> None:
-    """Add the adapters into the weights in fp32, round once, and remove them, in place."""
+    """Add the adapters into the weights in fp64, round once, and remove them, in place.
+
+    fp32 would round a few weights in 100,000 the wrong way (MPS has nothing wider).
+    """
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, LoRALinear):
-                update = child.lora_B.weight.float() @ child.lora_A.weight.float()
-                merged = child.weight.float() + child.scaling * update
+                wide = torch.float32 if child.weight.device.type == "mps" else torch.float64
+                update = child.lora_B.weight.to(wide) @ child.lora_A.weight.to(wide)
+                merged = child.weight.to(wide) + child.scaling * update
                 child.weight.copy_(merged.to(child.weight.dtype))
                 setattr(parent, name, _plain(child))
     del model.lora_config

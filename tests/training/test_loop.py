@@ -1,4 +1,4 @@
-"""The loop: what a step is, what is logged, evaluated and saved when, and what a bad number does."""
+"""The loop: what a step is, what is logged and saved when, and what a bad number does."""
 
 from __future__ import annotations
 
