@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import logging
 import os
 import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,6 +76,16 @@ def pairs_file(folder: Path, count: int = 24) -> str:
 def sft_file(folder: Path, count: int = 24) -> str:
     records = [{"prompt": f"{i}+1=", "completion": str(i + 1)} for i in range(count)]
     return write_lines(folder / "sft.jsonl", *records)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def log_of_the_process() -> Iterator[None]:
+    """A command sets up the log of its process; other tests share this one."""
+    logger = logging.getLogger("fastllm")
+    level, propagate, handlers = logger.level, logger.propagate, list(logger.handlers)
+    yield
+    logger.setLevel(level)
+    logger.propagate, logger.handlers = propagate, handlers
 
 
 @pytest.fixture(scope="module")

@@ -35,6 +35,7 @@ from .manifest import CheckpointError, looks_whole, total_bytes, verify, write_m
 
 __all__ = [
     "CheckpointError",
+    "check_world_size",
     "checkpoint_step",
     "checkpoints",
     "clean_stale",
@@ -163,6 +164,20 @@ def load_checkpoint(path: str | Path, check: bool = True) -> tuple[Tensors, Stat
             tensors |= tensor_files.read_file(part.with_suffix(".safetensors"))
             state |= read_json_object(part.with_suffix(".json"))
     return tensors, state
+
+
+def check_world_size(path: str | Path) -> None:
+    """Refuse a checkpoint that another number of processes wrote.
+
+    Raises:
+        CheckpointError: each process has its own random state and rollouts in it.
+    """
+    writers = len(list((Path(path) / _PARTS).glob("rank-*.json")))
+    if writers != distributed.world_size():
+        raise CheckpointError(
+            f"{path} was written by {writers} processes and this run has "
+            f"{distributed.world_size()}: resume with as many"
+        )
 
 
 def clean_stale(run_dir: str | Path) -> None:

@@ -93,9 +93,9 @@ def _reduce(value: Value, operation: dist.ReduceOp.RedOpType) -> Value:
     if world_size() == 1:
         return value.clone() if isinstance(value, Tensor) else value
     if isinstance(value, Tensor):
-        total = value.clone().contiguous()
-        dist.all_reduce(total, operation)
-        return total
+        on_device = value.to(_device(), copy=True).contiguous()
+        dist.all_reduce(on_device, operation)
+        return on_device.to(value.device)
     dtype = torch.int64 if isinstance(value, int) else torch.float64
     total = torch.tensor(value, dtype=dtype, device=_device())
     dist.all_reduce(total, operation)

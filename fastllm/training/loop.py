@@ -282,10 +282,10 @@ class _Loop:
 
     def save(self) -> None:
         """Commit `checkpoint-N` with everything that resuming needs."""
-        tensors, source_state = self.source.state()
-        tensors = {f"source.{name}": t for name, t in tensors.items()}
+        source_tensors, source_state = self.source.state()
+        own_tensors = {f"source.{name}": t for name, t in source_tensors.items()}
         named = self.optimizer.named_parameters
-        tensors |= snapshot.optimizer_tensors(self.optimizer.adamw, named)
+        tensors = snapshot.optimizer_tensors(self.optimizer.adamw, named)
         random_tensors, random_state = snapshot.random_state(self.device)
         state = {
             "trainer": vars(self.state),
@@ -298,7 +298,7 @@ class _Loop:
             self.hooks.save_model,
             tensors,
             state,
-            rank_tensors=random_tensors,
+            rank_tensors=own_tensors | random_tensors,
             rank_state={
                 "source": source_state,
                 "averages": self.averages.state(),
@@ -311,6 +311,7 @@ class _Loop:
 
     def restore(self, folder: Path) -> None:
         """Continue from a checkpoint; the model's weights were loaded by the trainer."""
+        checkpoint.check_world_size(folder)
         tensors, state = checkpoint.load_checkpoint(folder)
         named = self.optimizer.named_parameters
         snapshot.restore_optimizer(self.optimizer.adamw, named, tensors)

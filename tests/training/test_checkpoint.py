@@ -392,3 +392,13 @@ def _wait_for_step(run: Path, step: int) -> None:
             return
         assert time.monotonic() < deadline, "the child saves nothing"
         time.sleep(0.001)
+
+
+def test_another_number_of_processes_is_refused(tmp_path):
+    folder = save_checkpoint(
+        tmp_path, 3, lambda path: None, {}, {}, rank_tensors={"x": torch.ones(1)}, rank_state={}
+    )
+    part = folder / "training" / "rank-0.json"
+    (folder / "training" / "rank-1.json").write_bytes(part.read_bytes())
+    with pytest.raises(CheckpointError, match=r"written by 2 processes and this run has 1"):
+        checkpoint.check_world_size(folder)
