@@ -10,6 +10,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from . import tensors
+from .config import config_of
 from .files import read_json_object, write_json
 from .lora import LoraConfig, add_lora
 
@@ -70,8 +71,6 @@ def save_adapter(
         ValueError: a model without adapters, or a folder that holds a whole model, which would be
             found before the adapter.
     """
-    from .weights import config_of
-
     folder = Path(folder)
     if not hasattr(model, "lora_config"):
         raise ValueError("save_adapter: the model has no adapters")

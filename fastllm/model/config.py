@@ -9,6 +9,8 @@ from typing import Any
 
 _log = logging.getLogger("fastllm")
 
+# What a class name in `architectures` ends with.
+LANGUAGE_MODEL, REWARD_MODEL = "ForCausalLM", "ForSequenceClassification"
 # Class name prefix in `architectures`, and what sets the family's blocks apart.
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 # Kinds of rotary scaling, and the settings that each one needs.
@@ -298,3 +300,26 @@ def _read_windows(raw: dict[str, Any]) -> None:
             "sliding_attention" if layer >= first_sliding else "full_attention"
             for layer in range(layers)
         ]
+
+
+# Keys that only say how a classifier's head is read: a language model does not inherit them.
+_HEAD_KEYS = (
+    "id2label",
+    "label2id",
+    "num_labels",
+    "problem_type",
+    "sbert_ce_default_activation_function",
+)
+
+
+def config_of(model: Any) -> dict[str, Any]:
+    """The content of `config.json` for a model."""
+    raw = {key: value for key, value in model.config.to_dict().items() if key not in _HEAD_KEYS}
+    dtype = str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")
+    raw["architectures"] = [FAMILIES[model.config.model_type] + model.head_name]
+    raw |= {"dtype": dtype, "torch_dtype": dtype}  # the spellings of transformers 5 and 4
+    if model.head_name == REWARD_MODEL:
+        raw |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+        # vLLM puts scores through a sigmoid unless a model says otherwise.
+        raw["sbert_ce_default_activation_function"] = "torch.nn.modules.linear.Identity"
+    return raw

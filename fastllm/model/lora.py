@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .layers import Linear
 from .lora_config import LoraConfig
-from .transformer import Linear
 
 
 class LoRALinear(Linear):

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..layout import PackedLayout
-from .config import ModelConfig
-from .transformer import Linear, PackedAttend, Trunk, initialise, unpad
+from . import weights
+from .config import REWARD_MODEL, ModelConfig
+from .layers import Linear
+from .transformer import PackedAttend, Trunk, initialise, unpad
 
 
 class RewardModel(nn.Module):
@@ -19,7 +21,7 @@ class RewardModel(nn.Module):
     On disk it is Hugging Face's `<Family>ForSequenceClassification` with one label.
     """
 
-    head_name = "ForSequenceClassification"
+    head_name = REWARD_MODEL
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -67,15 +69,11 @@ class RewardModel(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: Any) -> RewardModel:
         """Load a Hugging Face folder, a run or checkpoint folder, or a `.pt` file."""
-        from .weights import load_model
-
-        return load_model(folder, cls, **options)
+        return weights.load_model(folder, cls, **options)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors` as Hugging Face does."""
-        from .weights import save_model
-
-        save_model(self, folder)
+        weights.save_model(self, folder)
 
 
 def scored_lengths(input_ids: Tensor, pad_token_id: int | None) -> Tensor:

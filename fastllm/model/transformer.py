@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import ops
 from ..layout import PackedLayout
-from .config import ModelConfig
+from . import weights
+from .config import LANGUAGE_MODEL, ModelConfig
+from .layers import Linear, RMSNorm
 from .rotary import RotaryTable
 
 
@@ -47,28 +48,6 @@ class PackedAttend:
         return ops.attention(
             q, k, v, self._layout if rows is None else self._selected, window=window
         )
-
-
-class Linear(nn.Linear):
-    """A linear layer that computes in the dtype of its input; its weights may be wider."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.rms_norm(x, self.weight, self.eps)  # type: ignore[return-value]
-
-    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised x + residual, and x + residual."""
-        return ops.rms_norm(x, self.weight, self.eps, residual)  # type: ignore[return-value]
 
 
 class Attention(nn.Module):
@@ -201,7 +180,7 @@ class Trunk(nn.Module):
 class Transformer(nn.Module):
     """A causal language model: trunk and vocabulary head."""
 
-    head_name = "ForCausalLM"
+    head_name = LANGUAGE_MODEL
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -239,15 +218,11 @@ class Transformer(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: Any) -> Transformer:
         """Load a Hugging Face folder, a run or checkpoint folder, or a `.pt` file."""
-        from .weights import load_model
-
-        return load_model(folder, cls, **options)
+        return weights.load_model(folder, cls, **options)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors` as Hugging Face does."""
-        from .weights import save_model
-
-        save_model(self, folder)
+        weights.save_model(self, folder)
 
 
 def unpad(input_ids: Tensor, lengths: Tensor | None) -> tuple[Tensor, PackedLayout, Tensor]:

@@ -5,36 +5,30 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import adapters, pt_file, tensors
-from .config import FAMILIES, ModelConfig
+from .config import FAMILIES, LANGUAGE_MODEL, REWARD_MODEL, ModelConfig, config_of
 from .files import read_json_object, write_json
 from .lora import merge_lora
-from .reward import RewardModel
-from .transformer import Transformer
+
+if TYPE_CHECKING:
+    from .reward import RewardModel
+    from .transformer import Transformer
 
 _log = logging.getLogger("fastllm")
 
-Model = TypeVar("Model", Transformer, RewardModel)
+Model = TypeVar("Model", "Transformer", "RewardModel")
 
 MAX_SHARD_SIZE = 5 * 10**9
 CONFIG = "config.json"
 PT_FILES = ("model_final.pt", "model_last.pt")
 
-_KINDS = {"ForCausalLM": "language model", "ForSequenceClassification": "reward model"}
+_KINDS = {LANGUAGE_MODEL: "language model", REWARD_MODEL: "reward model"}
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Keys that only say how a classifier's head is read: a language model does not inherit them.
-_HEAD_KEYS = (
-    "id2label",
-    "label2id",
-    "num_labels",
-    "problem_type",
-    "sbert_ce_default_activation_function",
-)
 
 
 def resolve(path: str | Path) -> Path:
@@ -94,7 +88,7 @@ def load_model(
         raw, weights, kind = pt_file.load(place)
     _check_kind(kind, cls, new_head, place)
     config = ModelConfig.from_dict(raw, str(place / CONFIG if place.is_dir() else place))
-    if cls is RewardModel and kind == _KINDS[Transformer.head_name]:
+    if cls.head_name == REWARD_MODEL and kind == _KINDS[LANGUAGE_MODEL]:
         weights.pop("lm_head.weight", None)
         weights["score.weight"] = _new_head(config)
     return _build(cls, config, weights, dtype, device, place).eval()
@@ -111,7 +105,7 @@ def save_model(
     folder.mkdir(parents=True, exist_ok=True)
     tensors.write_weights(folder, plain_state(model), max_shard_size)
     write_json(folder / CONFIG, config_of(model))
-    if isinstance(model, Transformer):
+    if model.head_name == LANGUAGE_MODEL:
         write_json(folder / "generation_config.json", _generation_config(model.config))
 
 
@@ -124,27 +118,14 @@ def save_pt(
     )
 
 
-def plain_state(model: nn.Module) -> dict[str, Tensor]:
+def plain_state(model: Transformer | RewardModel) -> dict[str, Tensor]:
     """The state dict as it goes to disk: no adapters, and a tied head once."""
     state = {
         name: t for name, t in model.state_dict().items() if not adapters.is_adapter_name(name)
     }
-    if isinstance(model, Transformer) and model.config.tie_word_embeddings:
+    if model.head_name == LANGUAGE_MODEL and model.config.tie_word_embeddings:
         del state["lm_head.weight"]
     return state
-
-
-def config_of(model: Transformer | RewardModel) -> dict[str, Any]:
-    """The content of `config.json` for a model."""
-    raw = {key: value for key, value in model.config.to_dict().items() if key not in _HEAD_KEYS}
-    dtype = str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")
-    raw["architectures"] = [FAMILIES[model.config.model_type] + model.head_name]
-    raw |= {"dtype": dtype, "torch_dtype": dtype}  # the spellings of transformers 5 and 4
-    if isinstance(model, RewardModel):
-        raw |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-        # vLLM puts scores through a sigmoid unless a model says otherwise.
-        raw["sbert_ce_default_activation_function"] = "torch.nn.modules.linear.Identity"
-    return raw
 
 
 def tokenizer_in(path: str | Path) -> str | None:
@@ -161,7 +142,7 @@ def _load_adapted(
     base: str | Path | None,
 ) -> Model:
     # A reward adapter brings its head along, so its base may be a language model.
-    brings_head = cls is RewardModel and adapters.carries_head(folder)
+    brings_head = cls.head_name == REWARD_MODEL and adapters.carries_head(folder)
     place = adapters.base_of(folder) if base is None else Path(base)
     model = load_model(place, cls, dtype, device, new_head or brings_head)
     if hasattr(model, "lora_config"):
@@ -186,14 +167,15 @@ def _build(
         model = cls(config)
     weights = {k: t for k, t in weights.items() if not k.endswith("rotary_emb.inv_freq")}
     shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    if isinstance(model, Transformer) and config.tie_word_embeddings:
+    is_tied = cls.head_name == LANGUAGE_MODEL and config.tie_word_embeddings
+    if is_tied:
         _tie(weights, source)
     _check_tensors(weights, shapes, source)
     wanted = _dtype(dtype, weights, source)
     placed = {name: t.to(device=device, dtype=wanted) for name, t in weights.items()}
     model.load_state_dict(placed, strict=True, assign=True)
-    if isinstance(model, Transformer):
-        model.tie_weights()
+    if is_tied:
+        model.tie_weights()  # type: ignore[operator]
     return model
 
 
@@ -252,14 +234,14 @@ def _kind_of(raw: Mapping[str, Any], weights: Mapping[str, Tensor], source: str)
     labels = len(raw["id2label"]) if raw.get("id2label") else raw.get("num_labels")
     named = (raw.get("architectures") or [None])[0]
     if named is None:
-        return _KINDS["ForSequenceClassification" if "score.weight" in weights else "ForCausalLM"]
+        return _KINDS[REWARD_MODEL if "score.weight" in weights else LANGUAGE_MODEL]
     family = FAMILIES.get(raw.get("model_type", ""), "<Family>")
     known = {family + head: kind for head, kind in _KINDS.items()}
     if family == "<Family>":
         ModelConfig.from_dict(dict(raw), source)  # names the model types there are
     if named not in known:
         raise ValueError(f"{source}: architectures must name {' or '.join(known)}, found {named!r}")
-    if known[named] == _KINDS["ForSequenceClassification"] and labels not in (None, 1):
+    if known[named] == _KINDS[REWARD_MODEL] and labels not in (None, 1):
         raise ValueError(f"{source}: a reward model has num_labels 1, found {labels}")
     return known[named]
 
@@ -268,10 +250,10 @@ def _check_kind(
     kind: str, cls: type[Transformer] | type[RewardModel], new_head: bool, source: Path
 ) -> None:
     wanted = _KINDS[cls.head_name]
-    if kind == wanted or (new_head and cls is RewardModel):
+    if kind == wanted or (new_head and cls.head_name == REWARD_MODEL):
         return
     hint = ""
-    if cls is RewardModel:
+    if cls.head_name == REWARD_MODEL:
         hint = "; train one with `fastllm rm`, or pass new_head=True for an untrained score head"
     raise ValueError(f"{source}: expected a {wanted}, found a {kind}{hint}")
 

@@ -88,7 +88,9 @@ def as_tokenizer(given: Any, model_path: str | Path | None) -> Tokenizer:
         raise ValueError("processing_class: a model without a folder needs a tokenizer")
     if given is None:
         return tokenizer_of(model_path)  # type: ignore[arg-type]
-    if isinstance(given, Tokenizer | str | Path):
+    if isinstance(given, Tokenizer):
+        return given
+    if isinstance(given, str | Path):
         return choose_tokenizer(given)
     with tempfile.TemporaryDirectory() as folder:
         given.save_pretrained(folder)
