@@ -8,8 +8,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# Some package indexes serve this version without CUDA; with an NVIDIA GPU, any version will do.
-TORCH ?= $(if $(shell command -v nvidia-smi),torch>=2.10,torch==2.13.0)
+# Some package indexes serve this version without CUDA; with an NVIDIA GPU, the newest one.
+TORCH ?= $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -28,7 +28,7 @@ dev: $(VENV)/.dev
 
 $(VENV)/.torch:
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -c "import torch" 2>/dev/null || $(PIP) install -q "$(TORCH)"
+	$(BIN)/python -c "import torch" 2>/dev/null || $(PIP) install -q $(TORCH)
 	$(PIP) install -q "setuptools>=77" "ninja>=1.11" "pybind11>=2.13"
 	touch $@
 

@@ -136,6 +136,8 @@ class SFTConfig(TrainingConfig):
 class RewardConfig(TrainingConfig):
     """Reward model on preference pairs."""
 
+    num_train_epochs: float = 1.0
+    """Reward models overfit after one pass over the pairs (Ouyang et al., 2022)."""
     max_length: int = 1024
     """Pairs with a longer side are dropped, as in TRL; how many is logged."""
     center_rewards_coefficient: float | None = None
