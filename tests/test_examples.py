@@ -42,14 +42,9 @@ def test_example(example: Path, tmp_path: Path) -> None:
     assert printed in run(example, arguments, tmp_path)
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
-def test_example_runs_a_second_time(example: Path, tmp_path: Path) -> None:
-    if "--out=run" not in SHORT[example.stem][0]:
-        pytest.skip("leaves nothing behind")
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / "checkpoint-1").mkdir()
-    run(example, SHORT[example.stem][0], tmp_path)
+def test_an_example_runs_a_second_time(tmp_path: Path) -> None:
+    (tmp_path / "run/checkpoint-1").mkdir(parents=True)
+    run(ROOT / "examples/reward_model.py", SHORT["reward_model"][0], tmp_path)
 
 
 def test_the_data_files_are_what_the_commands_read() -> None:

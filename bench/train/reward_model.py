@@ -34,8 +34,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    steps = training_speed(options.steps, options.dtype)
-    samples = scoring_speed()
+    steps = _summary(training_speed(options.steps, options.dtype))
+    samples = _summary(scoring_speed())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
     record = {
         **harness.environment(torch.device("cpu")),
@@ -122,9 +122,12 @@ def _seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def _shown(values: list[float]) -> str:
-    middle = statistics.median(values)
-    return f"{middle:8.2f}  [{min(values):.2f} to {max(values):.2f}]"
+def _summary(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def _shown(summary: dict[str, float]) -> str:
+    return f"{summary['median']:8.2f}  [{summary['min']:.2f} to {summary['max']:.2f}]"
 
 
 if __name__ == "__main__":
