@@ -109,6 +109,8 @@ class GRPOTrainer(Trainer):
 
     config_class = GRPOConfig
     model_class = Transformer
+    description = "GRPO"
+    shown = ("reward", "completions/mean_length")
     args: GRPOConfig
     model: Transformer
 

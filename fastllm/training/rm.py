@@ -118,6 +118,8 @@ class RewardTrainer(Trainer):
 
     config_class = RewardConfig
     model_class = RewardModel
+    description = "reward model"
+    shown = ("loss", "accuracy")
     args: RewardConfig
     model: RewardModel
 

@@ -106,6 +106,7 @@ class SFTTrainer(Trainer):
 
     config_class = SFTConfig
     model_class = Transformer
+    description = "SFT"
     args: SFTConfig
     model: Transformer
 

@@ -37,6 +37,10 @@ class Trainer:
 
     config_class: ClassVar[type[TrainingConfig]]
     model_class: ClassVar[type[Any]]
+    description: ClassVar[str]
+    """What the progress line calls the run."""
+    shown: ClassVar[tuple[str, ...]] = ("loss",)
+    """Metrics on the progress line."""
 
     def __init__(
         self,
@@ -104,6 +108,8 @@ class Trainer:
             save_model=self.save_model,
             callbacks=self.callbacks,
             state=self.state,
+            description=self.description,
+            shown=self.shown,
         )
         output = loop.fit(
             self.model,
