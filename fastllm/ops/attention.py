@@ -40,8 +40,8 @@ def attention(
     Raises:
         ValueError: shapes, dtypes or a window that do not fit.
     """
-    _check(q, k, v, layout, window)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    _check(q, k, v, layout, scale, window)
     raw = backend.kernels("attention", q, k, v)
     if raw is None:
         return attention_reference(q, k, v, layout, scale, window)
@@ -111,7 +111,9 @@ class _Attention(torch.autograd.Function):
         return dq, dk, dv, None, None, None, None
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, window: int | None) -> None:
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, scale: float, window: int | None
+) -> None:
     if not q.dim() == k.dim() == v.dim() == 3:
         raise ValueError(
             "attention: expected q [N, H, D], k and v [T, K, D], "
@@ -135,5 +137,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, window: int | 
         )
     if layout.device != q.device and layout.device.type != q.device.type:
         raise ValueError(f"attention: the layout is on {layout.device}, q is on {q.device}")
+    if scale <= 0:
+        raise ValueError(f"attention: scale must be positive, found {scale}")
     if window is not None and window < 1:
         raise ValueError(f"attention: window must be at least 1 or None, found {window}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 SCRATCH_LEARNING_RATE = 1e-3
 
@@ -17,6 +17,9 @@ SCRATCH_LEARNING_RATE = 1e-3
 @dataclass(kw_only=True)
 class TrainingConfig:
     """What every trainer has."""
+
+    pretrained_learning_rate: ClassVar[float]
+    """TRL's default, where `learning_rate` is None and the model was trained before."""
 
     output_dir: str = "runs/default"
     """Run folder: a Hugging Face folder, with checkpoint-N folders and metrics.jsonl in it."""
@@ -106,11 +109,6 @@ class TrainingConfig:
                     expected = ", ".join(str(a) for a in allowed)
                     raise ValueError(f"{name}: expected one of {expected}; found {found!r}")
 
-    @classmethod
-    def pretrained_learning_rate(cls) -> float:
-        """TRL's default where `learning_rate` is None and the model was trained before."""
-        raise NotImplementedError
-
     def replaced(self, **changes: Any) -> TrainingConfig:
         """A copy with some fields changed, validated again."""
         return dataclasses.replace(self, **changes)
@@ -120,6 +118,7 @@ class TrainingConfig:
 class SFTConfig(TrainingConfig):
     """Supervised fine-tuning."""
 
+    pretrained_learning_rate: ClassVar[float] = 2e-5
     max_length: int = 1024
     """Longer sequences are cut at the end; how many is logged."""
     completion_only_loss: bool | None = None
@@ -127,25 +126,18 @@ class SFTConfig(TrainingConfig):
     assistant_only_loss: bool = False
     """Loss on the assistant's turns of `messages` only."""
 
-    @classmethod
-    def pretrained_learning_rate(cls) -> float:
-        return 2e-5
-
 
 @dataclass(kw_only=True)
 class RewardConfig(TrainingConfig):
     """Reward model on preference pairs."""
 
+    pretrained_learning_rate: ClassVar[float] = 1e-4
     num_train_epochs: float = 1.0
     """Reward models overfit after one pass over the pairs (Ouyang et al., 2022)."""
     max_length: int = 1024
     """Pairs with a longer side are dropped, as in TRL; how many is logged."""
     center_rewards_coefficient: float | None = None
     """Weight of mean((chosen + rejected)^2), which keeps scores around zero."""
-
-    @classmethod
-    def pretrained_learning_rate(cls) -> float:
-        return 1e-4
 
 
 @dataclass(kw_only=True)
@@ -156,6 +148,7 @@ class GRPOConfig(TrainingConfig):
     device, in groups of num_generations to a prompt.
     """
 
+    pretrained_learning_rate: ClassVar[float] = 1e-6
     num_generations: int = 8
     """Completions of each prompt (G)."""
     max_prompt_length: int | None = None
@@ -219,7 +212,3 @@ class GRPOConfig(TrainingConfig):
     def passes_per_rollout(self) -> int:
         """Micro-batches that one rollout feeds, on one device."""
         return self.steps_per_generation or self.gradient_accumulation_steps
-
-    @classmethod
-    def pretrained_learning_rate(cls) -> float:
-        return 1e-6

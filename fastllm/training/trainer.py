@@ -7,6 +7,7 @@ import json
 import logging
 import random
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,7 +30,7 @@ from .start import as_tokenizer
 _log = logging.getLogger("fastllm")
 
 
-class Trainer:
+class Trainer(ABC):
     """Base of SFTTrainer, RewardTrainer and GRPOTrainer.
 
     A subclass encodes its data, yields a `Source` and defines the loss of one pass.
@@ -71,17 +72,17 @@ class Trainer:
 
     # -- what a subclass defines ---------------------------------------------------------------
 
+    @abstractmethod
     def source(self) -> Source:
         """Where the batches of training come from."""
-        raise NotImplementedError
 
+    @abstractmethod
     def loss(self, model: Any, batch: Any) -> tuple[Tensor, dict[str, Metric]]:
         """Sum of the loss over a pass, and metrics as (sum, weight)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def evaluation_passes(self) -> list[Pass] | None:
         """Held-out passes, or None when there are no held-out data."""
-        raise NotImplementedError
 
     # -- Transformers' methods -----------------------------------------------------------------
 
@@ -162,7 +163,7 @@ class Trainer:
             return self.args.learning_rate
         if self.from_scratch:
             return SCRATCH_LEARNING_RATE
-        return self.args.pretrained_learning_rate()
+        return self.args.pretrained_learning_rate
 
     def _load(self, model: str | Path | nn.Module | ModelConfig) -> Any:
         torch.manual_seed(self.args.seed)
