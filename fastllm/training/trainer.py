@@ -25,7 +25,7 @@ from .callbacks import Callbacks, TrainerState
 from .config import SCRATCH_LEARNING_RATE, TrainingConfig
 from .devices import pick_device, pick_dtype
 from .loop import Hooks, Pass, Source, TrainOutput
-from .start import as_tokenizer
+from .start import as_tokenizer, tokenizer_of
 
 _log = logging.getLogger("fastllm")
 
@@ -101,8 +101,7 @@ class Trainer(ABC):
         self._check_adapter_folder()
         resume = self._resume_folder(resume_from_checkpoint)
         if resume is not None:
-            saved = weights.load_model(resume, self.model_class)
-            self.model.load_state_dict(saved.state_dict())
+            self._restore_model(resume)
         self._write_run_file()
         hooks = Hooks(
             evaluate=None if self.evaluation_passes() is None else self.evaluate,
@@ -233,6 +232,16 @@ class Trainer(ABC):
         if resume in (True, "auto"):
             return checkpoint.latest_checkpoint(run)
         return Path(str(resume))
+
+    def _restore_model(self, folder: Path) -> None:
+        if tokenizer_of(folder).fingerprint != self.processing_class.fingerprint:
+            raise DataError(
+                f"{folder} was trained with another tokenizer than the one at hand "
+                f"({self.processing_class.description}): resume with the data or the tokenizer "
+                "that the run began with"
+            )
+        saved = weights.load_model(folder, self.model_class)
+        self.model.load_state_dict(saved.state_dict())
 
     def _write_run_file(self) -> None:
         """`run.json`: the settings as resolved, so that a run can be understood and repeated."""

@@ -172,3 +172,16 @@ def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-5] ^= 4
     path.write_bytes(bytes(content))
+
+
+def test_another_tokenizer_is_refused(tmp_path):
+    from fastllm import train_sft
+    from fastllm.data.errors import DataError
+    from fastllm.data.tokenizer import Tokenizer
+
+    sizes = {"n_layer": 1, "n_head": 2, "n_kv_head": 1, "n_embd": 8, "block_size": 16}
+    items = [("1+1=", "2"), ("2+2=", "4")] * 4
+    train_sft(items, tmp_path, steps=2, tokenizer="bytes", **sizes)
+    other = Tokenizer.train(["1+1=2", "2+2=4"], vocab_size=262)
+    with pytest.raises(DataError, match="trained with another tokenizer"):
+        train_sft(items, tmp_path, steps=4, tokenizer=other, resume="auto", **sizes)
