@@ -47,7 +47,7 @@ class Budget:
     demonstrations: int = 16_000
     prompts: int = 30_000
     sft_steps: int = 600
-    rm_steps: int = 2500
+    rm_steps: int = 3000
     grpo_steps: int = 100
 
 
