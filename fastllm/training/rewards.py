@@ -39,7 +39,7 @@ class Rewards:
     """All reward functions of a trainer and their weights.
 
     Args:
-        functions: callables, RewardModels, or paths of reward models.
+        functions: callables, reward models (ours or of transformers), or their paths.
         weights_given: one weight each; None for 1 each.
         tokenizer: of the policy; a reward model must share its vocabulary.
         device: where reward models run.
@@ -105,7 +105,7 @@ class ModelReward:
 
     def __init__(
         self,
-        model: str | Path | RewardModel,
+        model: str | Path | RewardModel | nn.Module,
         tokenizer: Tokenizer,
         device: torch.device,
         dtype: torch.dtype,
@@ -115,7 +115,9 @@ class ModelReward:
             self.__name__ = _run_name(Path(model))
             _check_vocabulary(tokenizer_of(model), tokenizer, model)
             model = weights.load_model(model, RewardModel)
-        elif model.config.vocab_size < tokenizer.vocab_size:
+        elif not isinstance(model, RewardModel):
+            model = weights.from_transformers(model, RewardModel)
+        if model.config.vocab_size < tokenizer.vocab_size:
             raise DataError(
                 f"vocabulary mismatch: the policy's tokenizer has {tokenizer.vocab_size:,} tokens, "
                 f"the reward model {model.config.vocab_size:,}"

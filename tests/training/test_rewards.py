@@ -197,3 +197,12 @@ def test_a_language_model_is_no_reward_model(rewards, base):
 def test_scoring_leaves_no_gradient(reward_model, tokenizer, rollout):
     scores = ModelReward(reward_model, tokenizer, CPU, torch.float32)(rollout)
     assert not scores.requires_grad and not reward_model.training
+
+
+def test_a_model_of_transformers_scores_the_same(rewards, rollout, reward_model, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    save_model(reward_model, tmp_path)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    expected, _ = rewards(reward_model)(rollout)
+    found, _ = rewards(theirs)(rollout)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
