@@ -6,6 +6,7 @@ over ranks is the value itself.
 
 from __future__ import annotations
 
+import gc
 import os
 from typing import TypeVar
 
@@ -40,8 +41,14 @@ def start(device: torch.device | str = "cpu") -> None:
 
 
 def stop() -> None:
-    """Leave the process group, if there is one."""
+    """Leave the process group, if there is one; every process calls this together.
+
+    No process leaves while another still talks to it, and no finished collective keeps the
+    group's threads alive into the end of the interpreter, where touching Python aborts them.
+    """
     if dist.is_initialized():
+        dist.barrier()
+        gc.collect()
         dist.destroy_process_group()
 
 
