@@ -37,8 +37,7 @@ def sft(values: dict[str, Any]) -> int:
     from fastllm.training.sft import train_sft
 
     train_sft(data, out, eval_items=values.pop("eval_data", None), **values)
-    print_summary(out)
-    return 0
+    return _finish(out)
 
 
 def rm(values: dict[str, Any]) -> int:
@@ -50,8 +49,7 @@ def rm(values: dict[str, Any]) -> int:
     from fastllm.training.rm import train_rm
 
     train_rm(data, out, eval_pairs=values.pop("eval_data", None), **values)
-    print_summary(out)
-    return 0
+    return _finish(out)
 
 
 def grpo(values: dict[str, Any]) -> int:
@@ -76,7 +74,16 @@ def grpo(values: dict[str, Any]) -> int:
         eval_prompts=values.pop("eval_data", None),
         **values,
     )
-    print_summary(out)
+    return _finish(out)
+
+
+def _finish(out: Path) -> int:
+    """Print the summary and leave torchrun's group, if there is one."""
+    from fastllm.training import distributed
+
+    if distributed.is_main():
+        print_summary(out)
+    distributed.stop()
     return 0
 
 
