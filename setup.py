@@ -29,6 +29,7 @@ OLDEST_TORCH = (2, 10)
 
 # One object per op and instruction set, chosen when the library is loaded (csrc/dispatch.cpp).
 OPS = (
+    "matmul",
     "rms_norm",
     "rope",
     "swiglu",
@@ -37,12 +38,14 @@ OPS = (
     "linear_logprob",
     "pairwise_loss",
 )
+AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c"
 X86_LEVELS = {
     "baseline": "",
     "avx2": "-mavx2 -mfma -mf16c",
-    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c",
+    "avx512": AVX512,
+    "avx512_bf16": f"{AVX512} -mavx512bf16",
 }
-BINDINGS = ("bindings", "bindings_attention")
+BINDINGS = ("bindings", "bindings_attention", "bindings_matmul")
 
 # Not -ffast-math: with some compilers it makes the whole process flush subnormals to zero.
 CXXFLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra"

@@ -14,7 +14,7 @@ struct Level {
 
 #define FASTLLM_KERNELS(isa)                                                            \
   Kernels {                                                                             \
-    #isa, isa::rms_norm, isa::rope, isa::swiglu, isa::attention, isa::decode_attention, \
+    #isa, isa::matmul, isa::rms_norm, isa::rope, isa::swiglu, isa::attention, isa::decode_attention, \
         isa::linear_logprob, isa::pairwise_loss                                         \
   }
 
@@ -27,6 +27,7 @@ bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
 const Level kLevels[] = {
@@ -34,6 +35,7 @@ const Level kLevels[] = {
 #if defined(__x86_64__)
     {has_avx2, FASTLLM_KERNELS(avx2)},
     {has_avx512, FASTLLM_KERNELS(avx512)},
+    {has_avx512_bf16, FASTLLM_KERNELS(avx512_bf16)},
 #endif
 };
 

@@ -11,6 +11,7 @@ namespace fastllm {
 
 struct Kernels {
   const char* isa;
+  const MatmulKernels& matmul;
   const RmsNormKernels& rms_norm;
   const RopeKernels& rope;
   const SwigluKernels& swiglu;

@@ -17,6 +17,28 @@ enum Format { kFloat32, kBFloat16, kFloat16, kFormats };
 template <class Arguments>
 using Kernel = void (*)(const Arguments&, int64_t begin, int64_t end);
 
+// ---- matmul: tasks --------------------------------------------------------------------------
+
+// A matrix in memory: element (i, j) is data[i * row_stride + j * column_stride].
+struct Matrix {
+  void* data;
+  Format format;
+  int64_t row_stride, column_stride;
+};
+
+// c [rows, columns] = a [rows, depth] b [depth, columns], or c += a b.
+struct Matmul {
+  Matrix a, b, c;  // one stride of each is 1; of c, the column stride
+  int64_t rows, columns, depth;
+  bool add;
+};
+
+struct MatmulKernels {
+  // Numbers of the blocks of rows and of columns that a task is made of.
+  int64_t rows_per_task, columns_per_task;
+  Kernel<Matmul> product;  // tasks: task i is row block i % R, column block i / R
+};
+
 // ---- rms_norm: rows -------------------------------------------------------------------------
 
 struct RmsNormForward {
@@ -239,6 +261,7 @@ struct PairwiseLossKernels {
 
 #define FASTLLM_DECLARE_KERNELS(isa)                    \
   namespace isa {                                       \
+  extern const MatmulKernels matmul;                    \
   extern const RmsNormKernels rms_norm;                 \
   extern const RopeKernels rope;                        \
   extern const SwigluKernels swiglu;                    \
@@ -252,6 +275,7 @@ FASTLLM_DECLARE_KERNELS(baseline)
 #if defined(__x86_64__)
 FASTLLM_DECLARE_KERNELS(avx2)
 FASTLLM_DECLARE_KERNELS(avx512)
+FASTLLM_DECLARE_KERNELS(avx512_bf16)
 #endif
 
 // The three instances of a kernel template, in the order of Format.
