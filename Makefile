@@ -1,7 +1,8 @@
 # make demo    train on the built-in tasks, SFT -> reward model -> GRPO, and print what came of it
 # make test    everything that must hold: lint, types, the C++ build, all tests, one short run
+# make bench   time everything against its peers (bench-quick: in three minutes)
 #
-# Both do all their set-up, and little when it is done already. Variables:
+# All do all their set-up, and little when it is done already. Variables:
 #   PYTHON   the interpreter of the virtual environment (default python3, 3.10 or newer)
 #   VENV     the virtual environment (default .venv; one that has torch keeps its torch)
 #   TORCH    what pip installs as torch (see the README for a machine with a GPU)
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SEED ?= 0
 
-.PHONY: demo test build dev lint format types pytest triton short-run bench clean
+.PHONY: demo test build dev lint format types pytest triton short-run bench bench-quick clean
 
 demo: build
 	$(BIN)/fastllm demo --seed $(SEED) --overwrite
@@ -68,7 +69,10 @@ short-run: dev
 	status=$$?; rm -rf "$$folder"; exit $$status
 
 bench: dev
-	$(BIN)/python -m bench
+	$(BIN)/python -m bench --save
+
+bench-quick: dev
+	$(BIN)/python -m bench --quick
 
 clean:
 	rm -rf $(VENV) build fastllm.egg-info fastllm/*.so

@@ -37,6 +37,7 @@ OPS = (
     "decode_attention",
     "linear_logprob",
     "pairwise_loss",
+    "optimizer",
 )
 AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c"
 X86_LEVELS = {
@@ -45,7 +46,7 @@ X86_LEVELS = {
     "avx512": AVX512,
     "avx512_bf16": f"{AVX512} -mavx512bf16",
 }
-BINDINGS = ("bindings", "bindings_attention", "bindings_matmul")
+BINDINGS = ("bindings", "bindings_attention", "bindings_matmul", "bindings_optimizer")
 
 # Not -ffast-math: with some compilers it makes the whole process flush subnormals to zero.
 CXXFLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra"
@@ -113,6 +114,8 @@ def _build_file(output: Path) -> str:
     for source in BINDINGS:
         compile_(source, torch_flags)
     compile_("dispatch", "")
+    compile_("memory", "")
+    compile_("processor", "")
     for isa, isa_flags in _levels().items():
         for op in OPS:
             compile_(op, f"{KERNEL_FLAGS} -DFASTLLM_ISA={isa} {isa_flags}", f".{isa}")

@@ -1,85 +1,85 @@
-"""`python -m bench`: time every op against PyTorch, print a table and one line of JSON."""
+"""`python -m bench`: time this project against its peers, print, and perhaps keep the results."""
 
 from __future__ import annotations
 
-import argparse
-import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from . import allocator
+from .options import SECTIONS, Options, parse
 
-from fastllm.ops import OPS
-
-from . import harness
+if TYPE_CHECKING:
+    from .records import Record
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def main() -> None:
-    """Parse the command line, run the suites, print and perhaps keep the results."""
-    options = _options()
-    device = torch.device(options.device)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    machine = harness.environment(device)
-    print(" | ".join(f"{key} {value}" for key, value in machine.items() if value is not None))
-    backend = harness.KERNELS[device.type]
-    print(f"{backend}: {harness.serves(backend, device)[1]}")
-    results = []
-    for op in options.ops:
-        for dtype in options.dtypes:
-            for record in harness.bench(
-                op, device, getattr(torch, dtype), options.quick, options.compile
-            ):
-                _show(record)
-                results.append(record)
-    document = {**machine, "results": results}
-    if options.save:
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"{harness.slug(machine['device'])}.json"
-        path.write_text(json.dumps(document, indent=1) + "\n")
-        print(f"kept in {path}")
-    print(json.dumps(document))
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the command line, run the sections, print and perhaps keep the results."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    given = parse(argv, prog=os.environ.get("FASTLLM_BENCH_PROG", "python -m bench"))
+    if given.sections[:1] == ["compare"]:
+        from . import compare
+
+        return compare.main(given.sections[1:])
+    allocator.settle(given.malloc, argv)
+    options = _options(given)
+    from . import machine, table
+    from .records import Document
+
+    facts = machine.describe(options)
+    print(machine.line(facts))
+    document = Document(facts)
+    try:
+        for record in table.as_they_come(_records(options)):
+            document.records.append(record)
+    finally:  # what there is of a run that was interrupted is worth keeping too
+        for path, write in _outputs(options, facts):
+            write(document, path)
+            print(f"wrote {path}")
+    return int(any(record.note.startswith("WRONG") for record in document.records))
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=main.__doc__)
-    parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS, metavar="OP")
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
-    )
-    parser.add_argument(
-        "--dtypes",
-        nargs="+",
-        choices=("float32", "bfloat16", "float16"),
-        default=("float32", "bfloat16"),
-    )
-    parser.add_argument("--quick", action="store_true", help="the smallest case, three rounds")
-    parser.add_argument("--compile", action="store_true", help="also torch.compile the reference")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
-    parser.add_argument("--save", action="store_true", help="keep in bench/results/<device>.json")
-    return parser.parse_args()
+def _records(options: Options) -> Iterator[Record]:
+    from .sections import sections
+
+    for name, run in sections(options.sections):
+        print(f"\n== {name}", flush=True)
+        yield from run(options)
 
 
-def _show(record: dict[str, Any]) -> None:
-    if record["by"] == "torch":
-        scale, prefix = (1e9, "G") if record["work"] >= 1e9 else (1e6, "M")
-        print(
-            f"\n{record['op']}  {record['case']}  {record['dtype']}  {record['pass']}"
-            f"  ({record['work'] / scale:.3g} {prefix}{record['unit']})"
-        )
-    print(
-        f"  {record['by']:<14}{_time(record['seconds']):>10}  +-{record['spread']:<5.0%}"
-        f"{record['work'] / record['seconds'] / 1e9:>8.2f} G{record['unit']}/s"
-        f"{record['speedup']:>8.2f}x",
-        flush=True,
-    )
+def _options(given: Any) -> Options:
+    import torch
+
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    fields = vars(given) | {
+        "sections": tuple(given.sections) or SECTIONS,
+        "dtypes": tuple(given.dtypes),
+        "threads": torch.get_num_threads(),
+        "compile": not given.quick if given.compile is None else given.compile,
+    }
+    if given.device == "auto":
+        fields["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    options = Options(**fields)
+    # Worker processes and the libraries in them read the number of threads here.
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(options.threads)
+    return options
 
 
-def _time(seconds: float) -> str:
-    return f"{seconds * 1e6:.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
+def _outputs(options: Options, facts: dict[str, Any]) -> Iterator[tuple[Path, Any]]:
+    from . import machine, page
+    from .records import Document
+
+    kept = RESULTS / machine.slug(facts["device"])
+    jsons = [options.json, kept.with_suffix(".json") if options.save else None]
+    pages = [options.html, kept.with_suffix(".html") if options.save else None]
+    yield from ((path, Document.write) for path in jsons if path)
+    yield from ((path, page.write) for path in pages if path)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

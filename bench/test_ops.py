@@ -5,29 +5,30 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench import harness
-from fastllm.ops import OPS
+from bench.cases import Problem, suite_of, suites
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _cases():
-    for op in OPS:
-        suite = harness.suite_of(op)
+    for op in suites():
+        suite = suite_of(op)
         case = suite.cases[0]
-        for contender in harness.contenders(suite, DEVICE, compiled=False):
+        for name in [c.name for c in Problem(suite, case, DEVICE, torch.float32).contenders(False)]:
             for backward in (False, True) if case.gradients_of else (False,):
-                name = f"{op} {case.label} {'both' if backward else 'forward'} {contender.name}"
-                yield pytest.param(suite, case, contender, backward, id=name)
+                what = f"{op} {case.label} {'both' if backward else 'forward'} {name}"
+                yield pytest.param(suite, case, name, backward, id=what)
 
 
-@pytest.mark.parametrize(("suite", "case", "contender", "backward"), list(_cases()))
-def test_op(benchmark, suite, case, contender, backward):
-    problem = harness.Problem(suite, case, DEVICE, torch.float32)
-    call = problem.forward_backward if backward else problem.forward
+@pytest.mark.parametrize(("suite", "case", "name", "backward"), list(_cases()))
+def test_op(benchmark, suite, case, name, backward):
+    problem = Problem(suite, case, DEVICE, torch.float32)
+    contender = next(c for c in problem.contenders(compiled=False) if c.name == name)
+    problem.check(contender, backward)
+    call = problem.call(contender, backward)
 
     def run():
-        call(contender.function)
+        call()
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
 

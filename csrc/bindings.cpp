@@ -9,6 +9,12 @@ namespace {
 using Two = std::tuple<Tensor, Tensor>;
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 
+// The rows of a new contiguous matrix.
+OutRows fresh(Tensor& tensor) { return {tensor.mutable_data_ptr(), tensor.stride(0)}; }
+
+constexpr Rows kNoRows = {nullptr, 0};
+constexpr OutRows kNoOutRows = {nullptr, 0};
+
 // ---- rms_norm -------------------------------------------------------------------------------
 
 Three rms_norm_forward(Tensor x, Tensor weight, double eps, std::optional<Tensor> residual) {
@@ -17,19 +23,18 @@ Three rms_norm_forward(Tensor x, Tensor weight, double eps, std::optional<Tensor
   const ScalarType dtype = x.scalar_type();
   check.rank("x", x, 2);
   const int64_t rows = x.size(0), columns = x.size(1);
-  check.tensor("x", x, dtype, {rows, columns});
+  const Rows x_rows = check.rows("x", x, dtype, {rows, columns});
   check.tensor("weight", weight, dtype, {columns});
-  if (residual) check.tensor("residual", *residual, dtype, {rows, columns});
 
-  Tensor y = like(x);
-  Tensor h = residual ? like(x) : empty(x, dtype, {0});
+  Tensor y = empty(x, dtype, {rows, columns});
+  Tensor h = empty(x, dtype, {residual ? rows : 0, residual ? columns : 0});
   Tensor rstd = empty(x, ScalarType::Float, {rows});
   const RmsNormForward arguments = {
-      data<void>(x),
-      pointer(residual),
+      x_rows,
+      residual ? check.rows("residual", *residual, dtype, {rows, columns}) : kNoRows,
       data<void>(weight),
-      y.mutable_data_ptr(),
-      h.mutable_data_ptr(),
+      fresh(y),
+      residual ? fresh(h) : kNoOutRows,
       static_cast<float*>(rstd.mutable_data_ptr()),
       columns,
       static_cast<float>(eps),
@@ -45,9 +50,6 @@ Two rms_norm_backward(Tensor dy, std::optional<Tensor> dh, Tensor h, Tensor weig
   const ScalarType dtype = h.scalar_type();
   check.rank("h", h, 2);
   const int64_t rows = h.size(0), columns = h.size(1);
-  check.tensor("h", h, dtype, {rows, columns});
-  check.tensor("dy", dy, dtype, {rows, columns});
-  if (dh) check.tensor("dh", *dh, dtype, {rows, columns});
   check.tensor("weight", weight, dtype, {columns});
   check.tensor("rstd", rstd, ScalarType::Float, {rows});
 
@@ -55,15 +57,15 @@ Two rms_norm_backward(Tensor dy, std::optional<Tensor> dh, Tensor h, Tensor weig
   constexpr int64_t kFewestRows = 16, kMostBlocks = 64;
   const int64_t block = std::max(kFewestRows, (rows + kMostBlocks - 1) / kMostBlocks);
   const int64_t blocks = (rows + block - 1) / block;
-  Tensor dx = like(h);
+  Tensor dx = empty(h, dtype, {rows, columns});
   Tensor partial = zeros(h, ScalarType::Float, {blocks, weight_grad ? columns : 0});
   const RmsNormBackward arguments = {
-      data<void>(dy),
-      pointer(dh),
-      data<void>(h),
+      check.rows("dy", dy, dtype, {rows, columns}),
+      dh ? check.rows("dh", *dh, dtype, {rows, columns}) : kNoRows,
+      check.rows("h", h, dtype, {rows, columns}),
       data<void>(weight),
       data<float>(rstd),
-      dx.mutable_data_ptr(),
+      fresh(dx),
       weight_grad ? static_cast<float*>(partial.mutable_data_ptr()) : nullptr,
       rows,
       columns,
@@ -77,7 +79,19 @@ Two rms_norm_backward(Tensor dy, std::optional<Tensor> dh, Tensor h, Tensor weig
 
 // ---- rope -----------------------------------------------------------------------------------
 
-Two rope_forward(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor positions, bool inverse) {
+// [T, H, D] in place: the channels of a head must lie side by side.
+Heads heads_of(const Check& check, const char* name, const Tensor& in, Tensor& out) {
+  for (const Tensor& tensor : {in, out}) {
+    check.require(tensor.size(2) <= 1 || tensor.stride(2) == 1,
+                  std::string(name) + " must have heads whose channels lie side by side, found " +
+                      "a stride of " + std::to_string(tensor.stride(2)));
+  }
+  return {in.const_data_ptr(),     in.stride(0),  in.stride(1),  out.mutable_data_ptr(),
+          out.stride(0),           out.stride(1), in.size(1)};
+}
+
+void rope_into_(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor positions, bool inverse,
+                Tensor q_out, Tensor k_out) {
   const Check check("rope_forward");
   const Format format = check.format("q", q);
   const ScalarType dtype = q.scalar_type();
@@ -88,8 +102,10 @@ Two rope_forward(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor positions, b
   const int64_t key_heads = k.size(1), rows = cos.size(0);
   check.require(head_size % 2 == 0,
                 "the head size must be even, found " + std::to_string(head_size));
-  check.tensor("q", q, dtype, {tokens, heads, head_size});
-  check.tensor("k", k, dtype, {tokens, key_heads, head_size});
+  check.shape("q", q, dtype, {tokens, heads, head_size});
+  check.shape("k", k, dtype, {tokens, key_heads, head_size});
+  check.shape("q_out", q_out, dtype, {tokens, heads, head_size});
+  check.shape("k_out", k_out, dtype, {tokens, key_heads, head_size});
   check.tensor("cos", cos, ScalarType::Float, {rows, head_size / 2});
   check.tensor("sin", sin, ScalarType::Float, {rows, head_size / 2});
   check.tensor("positions", positions, ScalarType::Int, {tokens});
@@ -100,59 +116,84 @@ Two rope_forward(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor positions, b
                std::to_string(position[t]) + " at token " + std::to_string(t));
   }
 
-  Tensor q_out = like(q), k_out = like(k);
   const RopeForward arguments = {
-      data<void>(q),
-      data<void>(k),
+      heads_of(check, "q", q, q_out),
+      heads_of(check, "k", k, k_out),
       data<float>(cos),
       data<float>(sin),
       position,
-      q_out.mutable_data_ptr(),
-      k_out.mutable_data_ptr(),
-      heads,
-      key_heads,
       head_size,
       inverse,
   };
   parallel(kernels().rope.forward[format], arguments, tokens,
            2 * (heads + key_heads) * head_size * q.element_size());
+}
+
+Two rope_forward(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor positions, bool inverse) {
+  const Check check("rope_forward");
+  check.rank("q", q, 3);
+  check.rank("k", k, 3);
+  Tensor q_out = empty(q, q.scalar_type(), {q.size(0), q.size(1), q.size(2)});
+  Tensor k_out = empty(k, k.scalar_type(), {k.size(0), k.size(1), k.size(2)});
+  rope_into_(q, k, cos, sin, positions, inverse, q_out, k_out);
   return {q_out, k_out};
 }
 
 // ---- swiglu ---------------------------------------------------------------------------------
 
-void check_like(const Check& check, const char* name, const Tensor& tensor, const Tensor& gate) {
-  const auto shape = gate.sizes(), found = tensor.sizes();
-  const bool fits = tensor.scalar_type() == gate.scalar_type() && tensor.dim() == gate.dim() &&
-                    std::equal(shape.begin(), shape.end(), found.begin());
-  check.require(fits, std::string(name) + " must be " + dtype_name(gate.scalar_type()) + " " +
-                          shape_name(shape) + " like gate, found " +
-                          dtype_name(tensor.scalar_type()) + " " + shape_name(found));
-  check.require(tensor.is_contiguous(), std::string(name) + " must be contiguous");
-  check.require(tensor.is_cpu(), std::string(name) + " must be on the CPU");
+// A matrix without gaps is one long row: its pieces are whole vectors but for the last.
+int64_t columns_as_rows(const Tensor& matrix, std::initializer_list<Rows> inputs,
+                        std::initializer_list<OutRows> outputs) {
+  const int64_t columns = matrix.size(1);
+  const auto gapless = [&](const auto& rows) { return rows.stride == columns; };
+  const bool all = std::all_of(inputs.begin(), inputs.end(), gapless) &&
+                   std::all_of(outputs.begin(), outputs.end(), gapless);
+  return all ? matrix.numel() : columns;
 }
 
 Tensor swiglu_forward(Tensor gate, Tensor up) {
   const Check check("swiglu_forward");
   const Format format = check.format("gate", gate);
-  check_like(check, "gate", gate, gate);
-  check_like(check, "up", up, gate);
-  Tensor out = like(gate);
-  const SwigluForward arguments = {data<void>(gate), data<void>(up), out.mutable_data_ptr()};
+  check.rank("gate", gate, 2);
+  const ScalarType dtype = gate.scalar_type();
+  const int64_t rows = gate.size(0), columns = gate.size(1);
+  Tensor out = empty(gate, dtype, {rows, columns});
+  SwigluForward arguments = {
+      check.rows("gate", gate, dtype, {rows, columns}),
+      check.rows("up", up, dtype, {rows, columns}),
+      fresh(out),
+      columns,
+  };
+  arguments.columns = columns_as_rows(gate, {arguments.gate, arguments.up}, {arguments.out});
   parallel(kernels().swiglu.forward[format], arguments, gate.numel(), 3 * gate.element_size());
   return out;
 }
 
-Two swiglu_backward(Tensor dout, Tensor gate, Tensor up) {
+void swiglu_backward_into_(Tensor dout, Tensor gate, Tensor up, Tensor dgate, Tensor dup) {
   const Check check("swiglu_backward");
   const Format format = check.format("gate", gate);
-  check_like(check, "gate", gate, gate);
-  check_like(check, "up", up, gate);
-  check_like(check, "dout", dout, gate);
-  Tensor dgate = like(gate), dup = like(gate);
-  const SwigluBackward arguments = {data<void>(dout), data<void>(gate), data<void>(up),
-                                    dgate.mutable_data_ptr(), dup.mutable_data_ptr()};
+  check.rank("gate", gate, 2);
+  const ScalarType dtype = gate.scalar_type();
+  const int64_t rows = gate.size(0), columns = gate.size(1);
+  SwigluBackward arguments = {
+      check.rows("dout", dout, dtype, {rows, columns}),
+      check.rows("gate", gate, dtype, {rows, columns}),
+      check.rows("up", up, dtype, {rows, columns}),
+      check.out_rows("dgate", dgate, dtype, {rows, columns}),
+      check.out_rows("dup", dup, dtype, {rows, columns}),
+      columns,
+  };
+  arguments.columns = columns_as_rows(gate, {arguments.dout, arguments.gate, arguments.up},
+                                      {arguments.dgate, arguments.dup});
   parallel(kernels().swiglu.backward[format], arguments, gate.numel(), 5 * gate.element_size());
+}
+
+Two swiglu_backward(Tensor dout, Tensor gate, Tensor up) {
+  const Check check("swiglu_backward");
+  check.rank("gate", gate, 2);
+  Tensor dgate = empty(gate, gate.scalar_type(), {gate.size(0), gate.size(1)});
+  Tensor dup = empty(gate, gate.scalar_type(), {gate.size(0), gate.size(1)});
+  swiglu_backward_into_(dout, gate, up, dgate, dup);
   return {dgate, dup};
 }
 
@@ -255,8 +296,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastllm, m) {
         " bool weight_grad) -> (Tensor, Tensor)");
   m.def("rope_forward(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor positions, bool inverse)"
         " -> (Tensor, Tensor)");
+  m.def("rope_into_(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor positions, bool inverse,"
+        " Tensor(a!) q_out, Tensor(b!) k_out) -> ()");
   m.def("swiglu_forward(Tensor gate, Tensor up) -> Tensor");
   m.def("swiglu_backward(Tensor dout, Tensor gate, Tensor up) -> (Tensor, Tensor)");
+  m.def("swiglu_backward_into_(Tensor dout, Tensor gate, Tensor up, Tensor(a!) dgate,"
+        " Tensor(b!) dup) -> ()");
   m.def("linear_logprob_forward(Tensor logits, Tensor targets, float temperature, float softcap)"
         " -> (Tensor, Tensor, Tensor)");
   m.def("linear_logprob_backward_(Tensor(a!) logits, Tensor targets, Tensor lse, Tensor entropy,"
@@ -269,8 +314,10 @@ STABLE_TORCH_LIBRARY_IMPL(fastllm, CPU, m) {
   m.impl("rms_norm_forward", TORCH_BOX(&fastllm::rms_norm_forward));
   m.impl("rms_norm_backward", TORCH_BOX(&fastllm::rms_norm_backward));
   m.impl("rope_forward", TORCH_BOX(&fastllm::rope_forward));
+  m.impl("rope_into_", TORCH_BOX(&fastllm::rope_into_));
   m.impl("swiglu_forward", TORCH_BOX(&fastllm::swiglu_forward));
   m.impl("swiglu_backward", TORCH_BOX(&fastllm::swiglu_backward));
+  m.impl("swiglu_backward_into_", TORCH_BOX(&fastllm::swiglu_backward_into_));
   m.impl("linear_logprob_forward", TORCH_BOX(&fastllm::linear_logprob_forward));
   m.impl("linear_logprob_backward_", TORCH_BOX(&fastllm::linear_logprob_backward_));
   m.impl("pairwise_loss_forward", TORCH_BOX(&fastllm::pairwise_loss_forward));

@@ -76,8 +76,8 @@ class Check {
     }
   }
 
-  void tensor(const char* name, const Tensor& tensor, ScalarType dtype,
-              std::initializer_list<int64_t> shape) const {
+  void shape(const char* name, const Tensor& tensor, ScalarType dtype,
+             std::initializer_list<int64_t> shape) const {
     const auto sizes = tensor.sizes();
     const bool fits = tensor.scalar_type() == dtype && tensor.dim() == int64_t(shape.size()) &&
                       std::equal(shape.begin(), shape.end(), sizes.begin());
@@ -85,11 +85,42 @@ class Check {
       fail(std::string(name) + " must be " + dtype_name(dtype) + " " + shape_name(shape) +
            ", found " + dtype_name(tensor.scalar_type()) + " " + shape_name(sizes));
     }
-    if (!tensor.is_contiguous()) fail(std::string(name) + " must be contiguous");
     if (!tensor.is_cpu()) fail(std::string(name) + " must be on the CPU");
   }
 
+  void tensor(const char* name, const Tensor& tensor, ScalarType dtype,
+              std::initializer_list<int64_t> sizes) const {
+    shape(name, tensor, dtype, sizes);
+    if (!tensor.is_contiguous()) fail(std::string(name) + " must be contiguous");
+  }
+
+  // A matrix [rows, columns] whose rows may lie anywhere; their elements must lie side by side.
+  Rows rows(const char* name, const Tensor& tensor, ScalarType dtype,
+            std::initializer_list<int64_t> sizes) const {
+    return {tensor.const_data_ptr(), row_stride(name, tensor, dtype, sizes)};
+  }
+  OutRows out_rows(const char* name, Tensor& tensor, ScalarType dtype,
+                   std::initializer_list<int64_t> sizes) const {
+    const int64_t stride = row_stride(name, tensor, dtype, sizes);
+    // Two rows in one place would be written by two threads.
+    if (tensor.size(0) > 1 && stride < tensor.size(1)) {
+      fail(std::string(name) + " must not overlap itself, found a row stride of " +
+           std::to_string(stride) + " for " + shape_name(tensor.sizes()));
+    }
+    return {tensor.mutable_data_ptr(), stride};
+  }
+
  private:
+  int64_t row_stride(const char* name, const Tensor& tensor, ScalarType dtype,
+                     std::initializer_list<int64_t> sizes) const {
+    shape(name, tensor, dtype, sizes);
+    if (tensor.size(1) > 1 && tensor.stride(1) != 1) {
+      fail(std::string(name) + " must have rows whose elements lie side by side, found a stride of " +
+           std::to_string(tensor.stride(1)));
+    }
+    return tensor.stride(0);
+  }
+
   const char* op_;
 };
 
@@ -126,6 +157,7 @@ template <class A>
 void parallel(Kernel<A> kernel, const A& arguments, int64_t count, int64_t bytes) {
   if (count == 0) return;
   const int64_t grain = std::max<int64_t>(1, kBytesPerThread / std::max<int64_t>(1, bytes));
+  if (count <= grain) return kernel(arguments, 0, count);
   torch::stable::parallel_for(0, count, grain,
                               [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); });
 }

@@ -2,6 +2,8 @@
 
 #include <cstdlib>
 #include <iterator>
+#include <memory>
+#include <new>
 #include <stdexcept>
 
 namespace fastllm {
@@ -15,7 +17,7 @@ struct Level {
 #define FASTLLM_KERNELS(isa)                                                            \
   Kernels {                                                                             \
     #isa, isa::matmul, isa::rms_norm, isa::rope, isa::swiglu, isa::attention, isa::decode_attention, \
-        isa::linear_logprob, isa::pairwise_loss                                         \
+        isa::linear_logprob, isa::pairwise_loss, isa::optimizer                         \
   }
 
 bool always() { return true; }
@@ -66,6 +68,20 @@ const Kernels& choose() {
 const Kernels& kernels() {
   static const Kernels& chosen = choose();
   return chosen;
+}
+
+float* scratch(int64_t numbers) {
+  constexpr std::align_val_t kAlignment{64};
+  struct Free {
+    void operator()(float* p) const { ::operator delete(p, kAlignment); }
+  };
+  thread_local std::unique_ptr<float, Free> memory;
+  thread_local int64_t size = 0;
+  if (size < numbers) {
+    memory.reset(static_cast<float*>(::operator new(numbers * sizeof(float), kAlignment)));
+    size = numbers;
+  }
+  return memory.get();
 }
 
 std::vector<std::string> isa_levels() {

@@ -19,6 +19,7 @@ struct Kernels {
   const DecodeAttentionKernels& decode_attention;
   const LinearLogprobKernels& linear_logprob;
   const PairwiseLossKernels& pairwise_loss;
+  const OptimizerKernels& optimizer;
 };
 
 // The kernels for this CPU, or those that the environment variable FASTLLM_ISA names. Chosen once.

@@ -14,6 +14,10 @@ namespace fastllm {
 
 enum Format { kFloat32, kBFloat16, kFloat16, kFormats };
 
+// Memory of the calling thread for at least `numbers` numbers, aligned to 64 bytes. The next call
+// of the same thread may give the same memory.
+float* scratch(int64_t numbers);
+
 template <class Arguments>
 using Kernel = void (*)(const Arguments&, int64_t begin, int64_t end);
 
@@ -26,39 +30,62 @@ struct Matrix {
   int64_t row_stride, column_stride;
 };
 
-// c [rows, columns] = a [rows, depth] b [depth, columns], or c += a b.
+// Columns of c in a task.
+constexpr int kMatmulBlock = 512;
+
+// c [rows, columns] = a [rows, depth] b [depth, columns], or c += a b. A task is a block of c, over
+// all of the depth or, with partial sums, over a slice of it. With R blocks of rows and B blocks of
+// columns, task i is row block i % R, column block i / R % B, slice i / R / B.
 struct Matmul {
-  Matrix a, b, c;  // one stride of each is 1; of c, the column stride
+  Matrix a, b, c;  // one stride of a and of b is 1, and the column stride of c
   int64_t rows, columns, depth;
   bool add;
+  bool pairs;  // a and b are bf16, to be multiplied two by two
+  int64_t rows_per_task, depth_per_task;  // the depth even for pairs
+  float* partial;  // [slices, rows, columns], or null where there is one slice
 };
 
 struct MatmulKernels {
-  // Numbers of the blocks of rows and of columns that a task is made of.
-  int64_t rows_per_task, columns_per_task;
-  Kernel<Matmul> product;  // tasks: task i is row block i % R, column block i / R
+  bool pairs;  // whether there is an instruction for pairs of bf16
+  Kernel<Matmul> product;               // tasks
+  Kernel<Matmul> add_slices[kFormats];  // rows of c, by its format
+};
+
+// ---- Rows in memory -------------------------------------------------------------------------
+
+// A matrix that is read in place: the elements of a row lie side by side, and the rows `stride`
+// elements apart. They may be slices of wider rows, or all the same row (stride 0).
+struct Rows {
+  const void* data;
+  int64_t stride;
+};
+
+// A matrix that is written.
+struct OutRows {
+  void* data;
+  int64_t stride;
 };
 
 // ---- rms_norm: rows -------------------------------------------------------------------------
 
 struct RmsNormForward {
-  const void* x;         // [N, C]
-  const void* residual;  // [N, C] or null
-  const void* weight;    // [C]
-  void* y;               // [N, C]
-  void* h;               // [N, C], x + residual; null without a residual
-  float* rstd;           // [N]
-  int64_t columns;       // C
+  Rows x;              // [N, C]
+  Rows residual;       // [N, C]; no data without a residual
+  const void* weight;  // [C]
+  OutRows y;           // [N, C]
+  OutRows h;           // [N, C], x + residual; no data without a residual
+  float* rstd;         // [N]
+  int64_t columns;     // C
   float eps;
 };
 
 struct RmsNormBackward {
-  const void* dy;      // [N, C]
-  const void* dh;      // [N, C] or null
-  const void* h;       // [N, C]
+  Rows dy;             // [N, C]
+  Rows dh;             // [N, C]; no data where no gradient reaches h
+  Rows h;              // [N, C]
   const void* weight;  // [C]
   const float* rstd;   // [N]
-  void* dx;            // [N, C]
+  OutRows dx;          // [N, C]
   float* dweight;      // [blocks, C], zero; one row for each block of rows; or null
   int64_t rows, columns;
   int64_t block;  // rows per block: the unit of backward
@@ -71,15 +98,21 @@ struct RmsNormKernels {
 
 // ---- rope: tokens ---------------------------------------------------------------------------
 
+// Heads of tokens [T, H, D]: element (t, h, i) is data[t * token_stride + h * head_stride + i].
+struct Heads {
+  const void* in;
+  int64_t token_stride, head_stride;
+  void* out;  // may be `in`
+  int64_t out_token_stride, out_head_stride;
+  int64_t count;  // H
+};
+
 struct RopeForward {
-  const void* q;             // [T, H, D]
-  const void* k;             // [T, K, D]
+  Heads q, k;
   const float* cos;          // [P, D/2]
   const float* sin;          // [P, D/2]
   const int32_t* positions;  // [T]
-  void* q_out;               // [T, H, D]
-  void* k_out;               // [T, K, D]
-  int64_t heads, key_heads, head_size;
+  int64_t head_size;
   bool inverse;
 };
 
@@ -87,20 +120,18 @@ struct RopeKernels {
   Kernel<RopeForward> forward[kFormats];
 };
 
-// ---- swiglu: elements -----------------------------------------------------------------------
+// ---- swiglu: elements, row by row -----------------------------------------------------------
 
 struct SwigluForward {
-  const void* gate;
-  const void* up;
-  void* out;
+  Rows gate, up;  // [N, F]
+  OutRows out;    // [N, F]
+  int64_t columns;
 };
 
 struct SwigluBackward {
-  const void* dout;
-  const void* gate;
-  const void* up;
-  void* dgate;
-  void* dup;
+  Rows dout, gate, up;  // [N, F]
+  OutRows dgate, dup;   // [N, F]; either may be where an input is
+  int64_t columns;
 };
 
 struct SwigluKernels {
@@ -257,6 +288,37 @@ struct PairwiseLossKernels {
   Kernel<PairwiseLossForward> forward[kFormats];
 };
 
+// ---- optimizer: blocks of kOptimizerBlock elements ------------------------------------------
+
+constexpr int64_t kOptimizerBlock = 1 << 15;
+
+// One tensor of the list that an optimizer step goes over.
+struct SquareSum {
+  const float* gradient;  // [count]
+  int64_t count;
+  double* sums;  // one per block
+};
+
+struct AdamW {
+  float* parameter;       // [count]
+  const float* gradient;  // [count]
+  float* mean;            // [count], of the gradients
+  float* square;          // [count], mean of their squares
+  int64_t count;
+  float gradient_scale;  // clipping: what the gradient counts for
+  float mean_share;       // 1 - beta1: of the gradient in its mean
+  float beta2, square_share;  // 1 - beta2
+  float decay;            // learning rate * weight decay
+  float step_size;        // learning rate / (1 - beta1^t)
+  float root_correction;  // 1 / sqrt(1 - beta2^t)
+  float eps;
+};
+
+struct OptimizerKernels {
+  Kernel<SquareSum> square_sum;
+  Kernel<AdamW> adamw;
+};
+
 // ---- One table per op and instruction set ---------------------------------------------------
 
 #define FASTLLM_DECLARE_KERNELS(isa)                    \
@@ -269,6 +331,7 @@ struct PairwiseLossKernels {
   extern const DecodeAttentionKernels decode_attention; \
   extern const LinearLogprobKernels linear_logprob;     \
   extern const PairwiseLossKernels pairwise_loss;       \
+  extern const OptimizerKernels optimizer;              \
   }
 
 FASTLLM_DECLARE_KERNELS(baseline)

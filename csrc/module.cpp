@@ -5,6 +5,8 @@
 #include <pybind11/stl.h>
 
 #include "dispatch.h"
+#include "memory.h"
+#include "processor.h"
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "C++ kernels of fastllm for CPUs";
@@ -13,4 +15,8 @@ PYBIND11_MODULE(_C, module) {
       "isa", [] { return fastllm::kernels().isa; }, "Instruction set that the kernels run on.");
   module.def("isa_levels", &fastllm::isa_levels,
              "Instruction sets that were built, the most basic first.");
+  module.def("fast_bf16_dot", &fastllm::fast_bf16_dot,
+             "Whether this processor multiplies bf16 faster than fp32.");
+  module.def("keep_memory", &fastllm::keep_memory,
+             "Keep freed memory for the next allocations; whether the C library can.");
 }

@@ -3,6 +3,7 @@
 //   dh = r (g - h r^2 mean(g h)) + (gradient that reached h otherwise),  with g = dy w
 
 #include "kernels.h"
+#include "rows.h"
 #include "simd.h"
 
 namespace fastllm {
@@ -34,13 +35,12 @@ template <class T>
 void forward(const RmsNormForward& a, int64_t begin, int64_t end) {
   const T* weight = static_cast<const T*>(a.weight);
   for (int64_t row = begin; row < end; ++row) {
-    const int64_t offset = row * a.columns;
-    const T* h = static_cast<const T*>(a.x) + offset;
-    T* y = static_cast<T*>(a.y) + offset;
+    const T* h = at<T>(a.x, row);
+    T* y = at<T>(a.y, row);
     float squares;
-    if (a.residual) {
-      T* added = static_cast<T*>(a.h) + offset;
-      squares = add_residual(h, static_cast<const T*>(a.residual) + offset, added, a.columns);
+    if (a.residual.data) {
+      T* added = at<T>(a.h, row);
+      squares = add_residual(h, at<T>(a.residual, row), added, a.columns);
       h = added;
     } else {
       squares = sum_of_squares(h, a.columns);
@@ -63,43 +63,47 @@ float mean_product(const T* dy, const T* weight, const T* h, int64_t columns) {
   return sum(products) / columns;
 }
 
-template <class T>
-void add_weight_gradient(float* dweight, const T* dy, const T* h, float rstd, int64_t columns) {
-  for_each_vector(columns, [&](int64_t i, auto lanes) {
-    Vec gradient = load(dy + i, lanes) * (load(h + i, lanes) * rstd);
-    store(dweight + i, load(dweight + i, lanes) + gradient, lanes);
-  });
-}
-
-template <class T>
+template <class T, bool add_dh, bool weight_grad>
 void backward_row(const RmsNormBackward& a, int64_t row, float* dweight) {
-  const int64_t offset = row * a.columns;
-  const T* dy = static_cast<const T*>(a.dy) + offset;
-  const T* dh = a.dh ? static_cast<const T*>(a.dh) + offset : nullptr;
-  const T* h = static_cast<const T*>(a.h) + offset;
+  const T* dy = at<T>(a.dy, row);
+  const T* dh = add_dh ? at<T>(a.dh, row) : nullptr;
+  const T* h = at<T>(a.h, row);
   const T* weight = static_cast<const T*>(a.weight);
-  T* dx = static_cast<T*>(a.dx) + offset;
+  T* dx = at<T>(a.dx, row);
   const float rstd = a.rstd[row];
   const float pull = rstd * rstd * mean_product(dy, weight, h, a.columns);
   for_each_vector(a.columns, [&](int64_t i, auto lanes) {
-    Vec g = load(dy + i, lanes) * load(weight + i, lanes);
-    Vec gradient = rstd * (g - load(h + i, lanes) * pull);
-    if (dh) gradient += load(dh + i, lanes);
+    Vec d = load(dy + i, lanes);
+    Vec value = load(h + i, lanes);
+    Vec gradient = rstd * (d * load(weight + i, lanes) - value * pull);
+    if (add_dh) gradient += load(dh + i, lanes);
     store(dx + i, gradient, lanes);
+    if (weight_grad) store(dweight + i, load(dweight + i, lanes) + d * (value * rstd), lanes);
   });
-  if (dweight) add_weight_gradient(dweight, dy, h, rstd, a.columns);
 }
 
 // The range is one of blocks of rows: each block adds up its own gradient of the weight, so that
 // the order of the sum does not depend on the threads.
-template <class T>
-void backward(const RmsNormBackward& a, int64_t begin, int64_t end) {
+template <class T, bool add_dh, bool weight_grad>
+void backward_blocks(const RmsNormBackward& a, int64_t begin, int64_t end) {
   for (int64_t block = begin; block < end; ++block) {
     const int64_t first = block * a.block;
     const int64_t last = first + a.block < a.rows ? first + a.block : a.rows;
-    float* dweight = a.dweight ? a.dweight + block * a.columns : nullptr;
-    for (int64_t row = first; row < last; ++row) backward_row<T>(a, row, dweight);
+    float* dweight = weight_grad ? a.dweight + block * a.columns : nullptr;
+    for (int64_t row = first; row < last; ++row) {
+      backward_row<T, add_dh, weight_grad>(a, row, dweight);
+    }
   }
+}
+
+template <class T>
+void backward(const RmsNormBackward& a, int64_t begin, int64_t end) {
+  if (a.dh.data) {
+    return a.dweight ? backward_blocks<T, true, true>(a, begin, end)
+                     : backward_blocks<T, true, false>(a, begin, end);
+  }
+  return a.dweight ? backward_blocks<T, false, true>(a, begin, end)
+                   : backward_blocks<T, false, false>(a, begin, end);
 }
 
 }  // namespace

@@ -8,7 +8,8 @@ namespace fastllm {
 namespace {
 
 template <class T>
-void rotate(const T* in, T* out, const float* cos, const float* sin, float sign, int64_t half) {
+FASTLLM_INLINE void rotate(const T* in, T* out, const float* cos, const float* sin, float sign,
+                           int64_t half) {
   for_each_vector(half, [&](int64_t i, auto lanes) {
     Vec a = load(in + i, lanes);
     Vec b = load(in + half + i, lanes);
@@ -20,12 +21,14 @@ void rotate(const T* in, T* out, const float* cos, const float* sin, float sign,
 }
 
 template <class T>
-void rotate_heads(const void* in, void* out, int64_t token, int64_t heads, int64_t head_size,
-                  const float* cos, const float* sin, float sign) {
-  const int64_t first = token * heads * head_size;
-  for (int64_t offset = first; offset < first + heads * head_size; offset += head_size) {
-    rotate(static_cast<const T*>(in) + offset, static_cast<T*>(out) + offset, cos, sin, sign,
-           head_size / 2);
+void rotate_heads(const Heads& heads, int64_t token, int64_t head_size, const float* cos,
+                  const float* sin, float sign) {
+  const T* in = static_cast<const T*>(heads.in) + token * heads.token_stride;
+  T* out = static_cast<T*>(heads.out) + token * heads.out_token_stride;
+  for (int64_t head = 0; head < heads.count; ++head) {
+    rotate(in, out, cos, sin, sign, head_size / 2);
+    in += heads.head_stride;
+    out += heads.out_head_stride;
   }
 }
 
@@ -36,8 +39,8 @@ void forward(const RopeForward& a, int64_t begin, int64_t end) {
     const int64_t angles = a.positions[token] * (a.head_size / 2);
     const float* cos = a.cos + angles;
     const float* sin = a.sin + angles;
-    rotate_heads<T>(a.q, a.q_out, token, a.heads, a.head_size, cos, sin, sign);
-    rotate_heads<T>(a.k, a.k_out, token, a.key_heads, a.head_size, cos, sin, sign);
+    rotate_heads<T>(a.q, token, a.head_size, cos, sin, sign);
+    rotate_heads<T>(a.k, token, a.head_size, cos, sin, sign);
   }
 }
 

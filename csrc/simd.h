@@ -53,7 +53,16 @@ FASTLLM_INLINE To bit_cast(From from) {
 
 FASTLLM_INLINE Vec broadcast(float x) { return x - Vec{}; }
 
-FASTLLM_INLINE BitsVec widen(HalfBitsVec bits) { return __builtin_convertvector(bits, BitsVec); }
+FASTLLM_INLINE BitsVec widen(HalfBitsVec bits) {
+  // GCC would widen two halves and join them: five instructions, three of them between lanes.
+#if defined(__AVX512F__)
+  return bit_cast<BitsVec>(_mm512_maskz_cvtepu16_epi32(0xffff, bit_cast<__m256i>(bits)));
+#elif defined(__AVX2__)
+  return bit_cast<BitsVec>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(bits)));
+#else
+  return __builtin_convertvector(bits, BitsVec);
+#endif
+}
 
 FASTLLM_INLINE HalfBitsVec narrow(BitsVec bits) {
   return __builtin_convertvector(bits, HalfBitsVec);
@@ -162,7 +171,31 @@ FASTLLM_INLINE void store(T* p, Vec v, AllLanes) {
   store(p, v);
 }
 
-// The lanes that do not count are loaded as zero and not stored.
+// The lanes that do not count are loaded as zero and not stored; their memory is not touched.
+#if defined(__AVX512F__)
+
+FASTLLM_INLINE __mmask16 mask(SomeLanes lanes) {
+  return static_cast<__mmask16>((1u << lanes.count) - 1);
+}
+FASTLLM_INLINE HalfBitsVec load_halves(const void* p, SomeLanes lanes) {
+  return bit_cast<HalfBitsVec>(_mm256_maskz_loadu_epi16(mask(lanes), p));
+}
+FASTLLM_INLINE void store_halves(void* p, HalfBitsVec bits, SomeLanes lanes) {
+  _mm256_mask_storeu_epi16(p, mask(lanes), bit_cast<__m256i>(bits));
+}
+FASTLLM_INLINE Vec load(const float* p, SomeLanes lanes) {
+  return bit_cast<Vec>(_mm512_maskz_loadu_ps(mask(lanes), p));
+}
+FASTLLM_INLINE Vec load(const bf16* p, SomeLanes lanes) { return from_bf16(load_halves(p, lanes)); }
+FASTLLM_INLINE Vec load(const fp16* p, SomeLanes lanes) { return from_fp16(load_halves(p, lanes)); }
+FASTLLM_INLINE void store(float* p, Vec v, SomeLanes lanes) {
+  _mm512_mask_storeu_ps(p, mask(lanes), bit_cast<__m512>(v));
+}
+FASTLLM_INLINE void store(bf16* p, Vec v, SomeLanes lanes) { store_halves(p, to_bf16(v), lanes); }
+FASTLLM_INLINE void store(fp16* p, Vec v, SomeLanes lanes) { store_halves(p, to_fp16(v), lanes); }
+
+#else
+
 template <class T>
 FASTLLM_INLINE Vec load(const T* p, SomeLanes lanes) {
   T buffer[kLanes] = {};
@@ -175,6 +208,8 @@ FASTLLM_INLINE void store(T* p, Vec v, SomeLanes lanes) {
   store(buffer, v);
   for (int i = 0; i < lanes.count; ++i) p[i] = buffer[i];
 }
+
+#endif
 
 // The lanes that count, and `other` in the lanes that do not.
 FASTLLM_INLINE Vec only(Vec v, AllLanes, float /*other*/) { return v; }

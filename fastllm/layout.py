@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -74,17 +75,14 @@ class PackedLayout:
     @cached_property
     def segments(self) -> Tensor:
         """Segment of each packed row [T]."""
-        lengths = torch.tensor(self.lengths, dtype=torch.int64)
-        indices = torch.arange(self.num_segments, dtype=torch.int32)
-        return torch.repeat_interleave(indices, lengths).to(self.device)
+        return self._per_row(range(self.num_segments))
 
     @cached_property
     def positions(self) -> Tensor:
         """Sequence position of each packed row, counted from the start of its prefix [T]."""
+        rows = np.arange(self.total_tokens, dtype=np.int32)
         first = [self.prefix_length(s) - self.offsets[s] for s in range(self.num_segments)]
-        shift = torch.tensor(first, dtype=torch.int32, device=self.device)
-        rows = torch.arange(self.total_tokens, dtype=torch.int32, device=self.device)
-        return rows + shift[self.segments.long()]
+        return self._per_row(first, rows)
 
     @cached_property
     def max_position(self) -> int:
@@ -206,6 +204,13 @@ class PackedLayout:
         moved = PackedLayout(self.lengths, self.prefix_of, device)
         moved._rows = self._rows
         return moved
+
+    def _per_row(self, values: Sequence[int], plus: int | np.ndarray = 0) -> Tensor:
+        """A segment's value at each of its rows [T], plus what is given."""
+        lengths = np.asarray(self.lengths, dtype=np.int64)
+        of_rows = np.repeat(np.asarray(values, dtype=np.int32), lengths)
+        of_rows += plus
+        return torch.from_numpy(of_rows).to(self.device, non_blocking=True)
 
     def _tensor(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int32).to(self.device, non_blocking=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from bench.harness import Case, Suite
+from bench.cases import Case, Suite
 from fastllm.ops import decode_attention, decode_attention_reference
 
 

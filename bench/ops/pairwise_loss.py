@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.harness import Case, Suite
+from bench.cases import Case, Peer, Suite
 from fastllm.ops import pairwise_loss, pairwise_loss_reference
 
 
@@ -30,5 +30,5 @@ SUITE = Suite(
     pairwise_loss,
     pairwise_loss_reference,
     (case(8), case(1 << 20)),
-    {"F.logsigmoid": torch_function},
+    {"F.logsigmoid": Peer(torch_function)},
 )

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.harness import Case, Suite
+from bench.cases import Case, Peer, Suite
 from fastllm.ops import rms_norm, rms_norm_reference
 
 
@@ -34,5 +34,5 @@ SUITE = Suite(
     rms_norm,
     rms_norm_reference,
     (case(4096, 128), case(2048, 768), case(4096, 2048)),
-    {"F.rms_norm": torch_function},
+    {"F.rms_norm": Peer(torch_function)},
 )

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.harness import Case, Suite
+from bench.cases import Case, Peer, Suite
 from fastllm.ops import swiglu, swiglu_reference
 
 
@@ -30,5 +30,5 @@ SUITE = Suite(
     swiglu,
     swiglu_reference,
     (case(4096, 344), case(2048, 2048), case(4096, 5632)),
-    {"F.silu": torch_function},
+    {"F.silu": Peer(torch_function)},
 )

@@ -30,6 +30,8 @@ class Command:
     options: Callable[[], list[Option]]
     runs: str
     """`module:function` under fastllm.cli; it takes the given values and returns an exit code."""
+    passes_on: bool = False
+    """The arguments go on as they are, as the value "arguments": another program parses them."""
 
     def load(self) -> Callable[[dict[str, Any]], int]:
         """Import the module that does the work."""
@@ -310,6 +312,7 @@ COMMANDS = {
         Command("generate", "sample completions", _generate_options, "infer:generate"),
         Command("score", "score texts with a reward model", _score_options, "infer:score"),
         Command("demo", "SFT, RM and GRPO on generated tasks", _demo_options, "demo:demo"),
+        Command("bench", "time it against its peers", list, "bench:bench", passes_on=True),
         Command("env", "what runs where on this machine", _env_options, "env:env"),
     )
 }

@@ -9,6 +9,8 @@ import platform
 import sys
 from typing import Any
 
+from . import threads
+
 PACKAGES = (
     "torch",
     "triton",
@@ -21,7 +23,13 @@ PACKAGES = (
     "peft",
     "datasets",
 )
-VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TRITON_INTERPRET")
+VARIABLES = (
+    "CUDA_VISIBLE_DEVICES",
+    "MKL_NUM_THREADS",
+    "OMP_NUM_THREADS",
+    "TOKENIZERS_PARALLELISM",
+    "TRITON_INTERPRET",
+)
 
 
 def env(values: dict[str, Any]) -> int:
@@ -51,6 +59,8 @@ def environment() -> dict[str, Any]:
         },
         "machine": {"system": platform.platform(), "python": sys.executable},
         "devices": _devices(),
+        "threads": _threads(),
+        "memory": {"allocator": threads.allocator()},
         "C++": {"status": cpp.reason(), "isa": cpp.isa() if cpp.available() else "none"},
         "ops": ops.report(),
         "variables": {
@@ -68,13 +78,24 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def _threads() -> dict[str, str]:
+    import torch
+
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "of an op": f"{torch.get_num_threads()} ({usable} usable cores of {os.cpu_count()})",
+        "between ops": str(torch.get_num_interop_threads()),
+        "waiting": threads.wait_policy(),
+        "tokenizers": os.environ.get("RAYON_NUM_THREADS", f"{usable} (one for each usable core)"),
+    }
+
+
 def _devices() -> dict[str, dict[str, str]]:
     import torch
 
     devices = {
         "cpu": {
             "name": platform.processor() or platform.machine(),
-            "threads": f"{torch.get_num_threads()} of {os.cpu_count()}",
             "capability": torch.backends.cpu.get_cpu_capability(),
             "dtypes": "fp32 (auto), bf16, fp16",
         }

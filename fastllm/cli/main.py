@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from . import threads
 from .commands import COMMANDS, Command
 from .config_file import read_config
 from .options import UsageError, build_parser, nearest, parse
@@ -51,11 +52,10 @@ def _run(argv: list[str]) -> int:
         near = nearest(argv[0], list(COMMANDS)) or f"; the commands are {', '.join(COMMANDS)}"
         raise UsageError(f"unknown {kind} {argv[0]!r}{near}")
     command = COMMANDS[argv[0]]
+    if command.passes_on:
+        return command.load()({"arguments": argv[1:]})
     values = _values(command, argv[1:])
-    # Threads that spin at a barrier take the core from the one that they wait for: on a machine
-    # that does other work too, a step then takes many times as long. OpenMP reads this when torch
-    # is loaded, so it has to be said here.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    threads.settle()
     return 0 if values is None else command.load()(values)
 
 

@@ -58,7 +58,7 @@ def score_texts(
     texts = sft_records(records)
     wholes = [None if t.input_ids else joined(t.prompt, t.completion) for t in texts]
     tokenised = tokenise_wholes(wholes, texts, tokenizer)
-    sequences = [text.input_ids or ids for text, ids in zip(texts, tokenised, strict=True)]
+    sequences = [text.input_ids or ids.tolist() for text, ids in zip(texts, tokenised, strict=True)]
     for text, ids in zip(texts, sequences, strict=True):
         _check_length(text.origin, len(ids), model)
     rows: list[dict[str, float]] = []

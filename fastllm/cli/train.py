@@ -36,8 +36,7 @@ def sft(values: dict[str, Any]) -> int:
     data, out = _prepare(values, SFTConfig, "runs/sft")
     from fastllm.training.sft import train_sft
 
-    train_sft(data, out, eval_items=values.pop("eval_data", None), **values)
-    return _finish(out)
+    return _train(train_sft, out, data, eval_items=values.pop("eval_data", None), **values)
 
 
 def rm(values: dict[str, Any]) -> int:
@@ -48,8 +47,7 @@ def rm(values: dict[str, Any]) -> int:
     data, out = _prepare(values, RewardConfig, "runs/rm")
     from fastllm.training.rm import train_rm
 
-    train_rm(data, out, eval_pairs=values.pop("eval_data", None), **values)
-    return _finish(out)
+    return _train(train_rm, out, data, eval_pairs=values.pop("eval_data", None), **values)
 
 
 def grpo(values: dict[str, Any]) -> int:
@@ -65,22 +63,28 @@ def grpo(values: dict[str, Any]) -> int:
     rewards = [load_function(name) for name in functions or ()]
     from fastllm.training.grpo import train_grpo
 
-    train_grpo(
+    return _train(
+        train_grpo,
+        out,
         policy,
         models,
-        out,
         prompts=prompts,
         reward_funcs=rewards,
         eval_prompts=values.pop("eval_data", None),
         **values,
     )
-    return _finish(out)
 
 
-def _finish(out: Path) -> int:
-    """Print the summary and leave torchrun's group, if there is one."""
+def _train(train: Callable[..., Any], out: Path, *arguments: Any, **keywords: Any) -> int:
+    """Train, print the summary of the run and leave torchrun's group, if there is one."""
     from fastllm.training import distributed
+    from fastllm.training.termination import Terminated
 
+    try:
+        train(*arguments, out_dir=out, **keywords)
+    except Terminated:  # all processes leave together, as they do at the end
+        distributed.stop()
+        raise
     if distributed.is_main():
         print_summary(out)
     distributed.stop()

@@ -1,25 +1,15 @@
 """Chat templates: rendering by transformers' rules, in a sandbox, and where the assistant speaks.
 
-A template is code that comes with a model, so it runs in jinja2's immutable sandbox and sees
-plain JSON values only. `{% generation %} ... {% endgeneration %}` marks what the assistant wrote;
-templates without the marks are located by rendering the conversation turn by turn.
+A template is code that comes with a model, so it sees plain JSON values only.
+`{% generation %} ... {% endgeneration %}` marks what the assistant wrote; templates without the
+marks are located by rendering the conversation turn by turn.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from functools import lru_cache
-from typing import Any, NoReturn
-
-import jinja2
-from jinja2 import nodes
-from jinja2.exceptions import SecurityError
-from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
+from typing import Any
 
 from fastllm.data.errors import DataError
 
@@ -38,19 +28,8 @@ DEFAULT_TEMPLATE = (
 """ChatML, with the end-of-sequence token at the end of every turn."""
 
 # Unicode keeps these two for a program's own use; no text may contain them.
-_BEGIN, _END = "\ufdd0", "\ufdd1"
-_MARKS = re.compile(f"[{_BEGIN}{_END}]")
-
-# What a template that does not fit the messages raises, besides jinja2's own errors.
-_TEMPLATE_FAULTS = (
-    jinja2.TemplateError,
-    TypeError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    RecursionError,
-)
+BEGIN, END = "\ufdd0", "\ufdd1"
+_MARKS = re.compile(f"[{BEGIN}{END}]")
 
 
 def render(
@@ -158,10 +137,12 @@ def _render(
         "tools": tools,
         "add_generation_prompt": add_generation_prompt,
     }
-    compiled = _compile(template)
+    from fastllm.data import sandbox  # jinja2 is slow to import, and most data need no template
+
+    compiled = sandbox.compiled(template)
     try:
         marked = compiled.render(_plain(values))
-    except _TEMPLATE_FAULTS as error:
+    except sandbox.FAULTS as error:
         raise DataError(f"the chat template cannot render these messages: {error}") from error
     return _without_marks(marked)
 
@@ -172,7 +153,7 @@ def _without_marks(marked: str) -> tuple[str, list[Span]]:
     open_at: list[int] = []
     for removed, mark in enumerate(_MARKS.finditer(marked)):
         place = mark.start() - removed
-        if mark.group() == _BEGIN:
+        if mark.group() == BEGIN:
             open_at.append(place)
         else:
             spans.append((open_at.pop(), place))
@@ -197,84 +178,3 @@ def _plain(value: Any) -> Any:
         case list() | tuple():
             return [_plain(item) for item in value]
     return f"<{type(value).__name__}>"
-
-
-@lru_cache(maxsize=32)
-def _compile(template: str) -> jinja2.Template:
-    version = tuple(int(part) for part in jinja2.__version__.split(".")[:3] if part.isdigit())
-    if version < (3, 1, 6):
-        raise DataError(
-            f"chat templates need jinja2 >= 3.1.6, whose sandbox is closed; found "
-            f"{jinja2.__version__} (pip install -U jinja2)"
-        )
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals.update(
-        raise_exception=_raise_exception,
-        strftime_now=lambda form: datetime.now().strftime(form),
-        dict=_make_dict,
-        namespace=_PublicNamespace,
-    )
-    try:
-        return environment.from_string(template)
-    except (jinja2.TemplateError, RecursionError) as error:
-        raise DataError(f"the chat template is not valid: {error}") from error
-
-
-class _Generation(Extension):
-    """The `{% generation %}` block: its text, enclosed in marks."""
-
-    tags = {"generation"}  # noqa: RUF012  # as jinja2 declares it
-
-    def parse(self, parser: Any) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
-
-    def _mark(self, caller: Any) -> str:
-        return f"{_BEGIN}{caller()}{_END}"
-
-
-class _PublicNamespace(Namespace):
-    """jinja2's namespace without underscore names, which lead to Python's internals."""
-
-    def __init__(*args: Any, **kwargs: Any) -> None:  # `self` is a name a template may use
-        self, *rest = args
-        for name in dict(*rest, **kwargs):
-            _check_public(name)
-        Namespace.__init__(self, *rest, **kwargs)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _check_public(name)
-        super().__setitem__(name, value)
-
-
-def _check_public(name: str) -> None:
-    if name.startswith("_"):
-        raise SecurityError(f"a namespace cannot hold the name {name!r}")
-
-
-def _make_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
-    return dict(*args, **kwargs)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )

@@ -15,11 +15,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fastllm.data.columns import Text
 from fastllm.data.errors import DataError
 from fastllm.data.records import PreferenceRecord, PromptRecord, SFTRecord
 from fastllm.data.tokenise import (
-    check_vocabulary,
+    TokenIds,
+    given_ids,
     joined,
     tokenise_prompts,
     tokenise_spoken,
@@ -30,21 +34,21 @@ from fastllm.data.tokenizer import Tokenizer
 logger = logging.getLogger("fastllm")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class EncodedSequence:
     """Token ids [T], and which of them are targets of the loss (never the first: nothing comes
     before it to predict it from)."""
 
-    input_ids: list[int]
-    loss_mask: list[bool]
+    input_ids: TokenIds
+    loss_mask: NDArray[np.bool_]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class EncodedPair:
     """The token ids of both sides, each with its prompt."""
 
-    chosen: list[int]
-    rejected: list[int]
+    chosen: TokenIds
+    rejected: TokenIds
     margin: float | None = None
 
     @property
@@ -124,10 +128,9 @@ def encode_sft(
                 f"{record.origin}: completion_only_loss needs 'prompt' and 'completion', found a "
                 "text without a prompt"
             )
-        first = 1 if completion_only_loss is False else max(start, 1)
-        loss_mask = [False] * min(first, len(ids)) + loss_mask[first:]
+        loss_mask[: 1 if completion_only_loss is False else max(start, 1)] = False
         sequence = EncodedSequence(ids[:max_length], loss_mask[:max_length])
-        if any(sequence.loss_mask):
+        if sequence.loss_mask.any():
             encoded.append(sequence)
             summary.truncated += len(sequence.input_ids) < len(ids)
     summary.without_loss = len(records) - len(encoded)
@@ -140,37 +143,40 @@ def encode_sft(
         )
     lengths = [len(sequence.input_ids) for sequence in encoded]
     summary.measure(lengths, sum(lengths))
-    summary.loss_tokens = sum(sum(sequence.loss_mask) for sequence in encoded)
+    summary.loss_tokens = sum(int(sequence.loss_mask.sum()) for sequence in encoded)
     logger.info("%s", summary)
     return encoded, summary
 
 
 def _sft_rows(
     records: Sequence[SFTRecord], tokenizer: Tokenizer, assistant_only: bool
-) -> list[tuple[list[int], list[bool]]]:
+) -> list[tuple[TokenIds, NDArray[np.bool_]]]:
     """Return token ids and mask for each record, before the prompt is taken out of the loss."""
     texts = [
         joined(record.prompt, record.completion) if record.input_ids is None else None
         for record in records
     ]
     if assistant_only:
+        nothing = np.empty(0, dtype=np.int32), np.empty(0, dtype=bool)
         rows = [
-            ([], []) if text is None else tokenise_spoken(text, record, tokenizer)
+            nothing if text is None else tokenise_spoken(text, record, tokenizer)
             for text, record in zip(texts, records, strict=True)
         ]
     else:
         wholes = tokenise_wholes(texts, records, tokenizer)
-        rows = [(ids, [True] * len(ids)) for ids in wholes]
+        rows = [(ids, np.ones(len(ids), dtype=bool)) for ids in wholes]
     for index, record in enumerate(records):
         if record.input_ids is not None:
             mask = record.loss_mask or [True] * len(record.input_ids)
-            rows[index] = (record.input_ids, mask)
-    check_vocabulary([ids for ids, _ in rows], records, tokenizer)
+            rows[index] = (
+                given_ids(record.input_ids, record, tokenizer),
+                np.array(mask, dtype=bool),
+            )
     return rows
 
 
 def _completion_starts(
-    records: Sequence[SFTRecord], rows: Sequence[list[int]], tokenizer: Tokenizer
+    records: Sequence[SFTRecord], rows: Sequence[TokenIds], tokenizer: Tokenizer
 ) -> list[int]:
     """Return where each completion begins in its row (0 without a prompt)."""
     with_prompt = [index for index, record in enumerate(records) if record.prompt is not None]
@@ -195,11 +201,10 @@ def _completion_starts(
     return starts
 
 
-def _common_prefix(prompt: list[int], whole: list[int]) -> int:
-    if whole[: len(prompt)] == prompt:
-        return len(prompt)
+def _common_prefix(prompt: TokenIds, whole: TokenIds) -> int:
     length = min(len(prompt), len(whole))
-    return next((i for i in range(length) if prompt[i] != whole[i]), length)
+    same = prompt[:length] == whole[:length]
+    return length if same.all() else int(same.argmin())
 
 
 def encode_preferences(
@@ -216,7 +221,7 @@ def encode_preferences(
         )
     summary = EncodingSummary("pairs", len(pairs), max_length)
     summary.too_long = len(pairs) - len(kept)
-    summary.identical = sum(pair.chosen == pair.rejected for pair in kept)
+    summary.identical = sum(np.array_equal(pair.chosen, pair.rejected) for pair in kept)
     tokens = sum(len(pair.chosen) + len(pair.rejected) for pair in kept)
     summary.measure([pair.longer for pair in kept], tokens)
     logger.info("%s", summary)
@@ -233,9 +238,12 @@ def tokenise_pairs(records: Sequence[PreferenceRecord], tokenizer: Tokenizer) ->
             for record, ids in zip(records, ready, strict=True)
         ]
         rows = tokenise_wholes(texts, records, tokenizer)
-        rows = [row if ids is None else ids for ids, row in zip(ready, rows, strict=True)]
-        check_vocabulary(rows, records, tokenizer)
-        sides.append(rows)
+        sides.append(
+            [
+                row if ids is None else given_ids(ids, record, tokenizer)
+                for ids, row, record in zip(ready, rows, records, strict=True)
+            ]
+        )
     return [
         EncodedPair(chosen, rejected, record.margin)
         for chosen, rejected, record in zip(*sides, records, strict=True)
@@ -248,7 +256,7 @@ def encode_prompts(
     """Encode prompts. One without tokens, or with more than `max_length`, raises DataError."""
     rows = tokenise_prompts([record.prompt for record in records], records, tokenizer)
     for record, ids in zip(records, rows, strict=True):
-        if not ids:
+        if not len(ids):
             raise DataError(f"{record.origin}: the prompt is empty, there is nothing to continue")
         if max_length is not None and len(ids) > max_length:
             raise DataError(
@@ -260,7 +268,7 @@ def encode_prompts(
     summary.measure(lengths, sum(lengths))
     logger.info("%s", summary)
     encoded = [
-        EncodedPrompt(ids, record.columns, record.prompt)
+        EncodedPrompt(ids.tolist(), record.columns, record.prompt)
         for record, ids in zip(records, rows, strict=True)
     ]
     return encoded, summary

@@ -1,15 +1,24 @@
-"""Token ids into packed batches: the one place where a batch's layout is decided."""
+"""Token ids into packed batches: the one place where a batch's layout is decided.
+
+The tokens go through NumPy: this may run beside a training step, and torch would start a second
+team of threads there.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..layout import NO_PREFIX, PackedLayout
+
+# Token ids or flags, one for each token. Arrays are packed without a look at the single token.
+TokenIds: TypeAlias = Sequence[int] | np.ndarray
+Flags: TypeAlias = Sequence[bool] | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -83,27 +92,28 @@ class _Row:
     """A packed row under construction."""
 
     def __init__(self) -> None:
-        self.input_ids: list[int] = []
+        self.parts: list[np.ndarray] = []
         self.lengths: list[int] = []
         self.prefix: list[int] = []
+        self.size = 0
 
-    def add(self, ids: Sequence[int], prefix: int = NO_PREFIX) -> tuple[int, int]:
+    def add(self, ids: np.ndarray, prefix: int = NO_PREFIX) -> tuple[int, int]:
         """Append a segment; its index and first packed row."""
-        first = len(self.input_ids)
-        self.input_ids.extend(ids)
+        first = self.size
+        self.parts.append(ids)
         self.lengths.append(len(ids))
         self.prefix.append(prefix)
+        self.size += len(ids)
         return len(self.lengths) - 1, first
 
     def tensors(self) -> tuple[Tensor, PackedLayout]:
-        return torch.tensor(self.input_ids, dtype=torch.int64), PackedLayout(
-            self.lengths, self.prefix
-        )
+        ids = torch.from_numpy(_joined(self.parts, np.int64))
+        return ids, PackedLayout(self.lengths, self.prefix)
 
 
 def pack_sequences(
-    sequences: Sequence[Sequence[int]],
-    loss_masks: Sequence[Sequence[bool]],
+    sequences: Sequence[TokenIds],
+    loss_masks: Sequence[Flags],
     pad_to: int | None = None,
     pad_token_id: int = 0,
 ) -> TokenBatch:
@@ -117,16 +127,31 @@ def pack_sequences(
             numbers, more work.
         pad_token_id: what to pad with.
     """
-    row, wanted = _Row(), []
-    for index, (ids, mask) in enumerate(zip(sequences, loss_masks, strict=True)):
-        _, first = row.add(_padded(ids, pad_to, pad_token_id))
-        wanted += [(first + t - 1, ids[t], index) for t in range(1, len(ids)) if mask[t]]
-    return _token_batch(row, wanted, len(sequences))
+    row, flags = _Row(), []
+    for ids, mask in zip(sequences, loss_masks, strict=True):
+        row.add(_padded(_ids(ids), pad_to, pad_token_id))
+        flags.append(_padded(np.asarray(mask, dtype=bool), pad_to, False))
+    input_ids, layout = row.tensors()
+    wanted = _joined(flags, np.bool_)
+    lengths = np.asarray(row.lengths, dtype=np.int64)
+    starts = np.cumsum(lengths) - lengths
+    wanted[starts[lengths > 0]] = False
+    targets = np.flatnonzero(wanted)
+    # Each row predicts one token at most, so no two targets share one.
+    return TokenBatch(
+        input_ids=input_ids,
+        layout=layout,
+        rows=torch.from_numpy(targets - 1),
+        source=torch.from_numpy(np.arange(len(targets))),
+        targets=torch.from_numpy(input_ids.numpy()[targets]),
+        sequence=torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)[targets]),
+        num_sequences=len(lengths),
+    )
 
 
 def pack_groups(
-    prompts: Sequence[Sequence[int]],
-    completions: Sequence[Sequence[int]],
+    prompts: Sequence[TokenIds],
+    completions: Sequence[TokenIds],
     group: Sequence[int],
     share_prefix: bool = True,
     pad_to: int | None = None,
@@ -142,27 +167,38 @@ def pack_groups(
         pad_to, pad_token_id: as in `pack_sequences`; padding excludes sharing.
     """
     if not share_prefix or pad_to is not None:
-        whole = [[*prompts[g], *c] for g, c in zip(group, completions, strict=True)]
-        masks = [
-            [False] * len(prompts[g]) + [True] * len(c)
-            for g, c in zip(group, completions, strict=True)
-        ]
+        pairs = [(_ids(prompts[g]), _ids(c)) for g, c in zip(group, completions, strict=True)]
+        whole = [np.concatenate(pair) for pair in pairs]
+        masks = [np.arange(len(p) + len(c)) >= len(p) for p, c in pairs]
         return pack_sequences(whole, masks, pad_to, pad_token_id)
-    row, wanted = _Row(), []
+    row, before = _Row(), []
     placed: dict[int, tuple[int, int]] = {}
-    for index, (g, ids) in enumerate(zip(group, completions, strict=True)):
+    for g, completion in zip(group, completions, strict=True):
         if g not in placed:
-            placed[g] = row.add(prompts[g])
-        segment, prompt_first = placed[g]
-        _, first = row.add(ids, prefix=segment)
+            segment, first = row.add(_ids(prompts[g]))
+            placed[g] = segment, first + row.lengths[-1] - 1
+        segment, last_of_prompt = placed[g]
+        _, first = row.add(_ids(completion), prefix=segment)
         # The prompt's last row predicts the first token of every completion.
-        before = [prompt_first + len(prompts[g]) - 1, *range(first, first + len(ids) - 1)]
-        wanted += [(r, token, index) for r, token in zip(before, ids, strict=True)]
-    return _token_batch(row, wanted, len(completions))
+        rows = np.arange(first - 1, first - 1 + len(completion))
+        rows[:1] = last_of_prompt
+        before.append(rows)
+    input_ids, layout = row.tensors()
+    rows, source = np.unique(_joined(before, np.int64), return_inverse=True)
+    lengths = [len(completion) for completion in completions]
+    return TokenBatch(
+        input_ids=input_ids,
+        layout=layout,
+        rows=torch.from_numpy(rows),
+        source=torch.from_numpy(source),
+        targets=torch.from_numpy(_joined([_ids(c) for c in completions], np.int64)),
+        sequence=torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)),
+        num_sequences=len(lengths),
+    )
 
 
 def pack_pairs(
-    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    pairs: Sequence[tuple[TokenIds, TokenIds]],
     margins: Sequence[float | None] | None = None,
     share_prefix: bool = True,
     pad_to: int | None = None,
@@ -174,27 +210,26 @@ def pack_pairs(
     continuation.
     """
     row = _Row()
-    scored: list[tuple[int, int]] = []
-    for chosen, rejected in pairs:
-        ends = scored_end(chosen, pad_token_id), scored_end(rejected, pad_token_id)
+    scored: list[int] = []
+    for pair in pairs:
+        sides = _ids(pair[0]), _ids(pair[1])
+        ends = scored_end(sides[0], pad_token_id), scored_end(sides[1], pad_token_id)
         shared = 0
         if share_prefix and pad_to is None:
-            shared = min(common_prefix(chosen, rejected), min(ends) - 1)
-        prefix = row.add(chosen[:shared])[0] if shared else NO_PREFIX
-        sides = []
-        for ids, end in zip((chosen, rejected), ends, strict=True):
-            ids = ids[shared:end] if pad_to is None else _padded(ids, pad_to, pad_token_id)
-            sides.append(row.add(ids, prefix)[1] + end - shared - 1)
-        scored.append((sides[0], sides[1]))
+            shared = min(common_prefix(*sides), min(ends) - 1)
+        prefix = row.add(sides[0][:shared])[0] if shared else NO_PREFIX
+        for ids, end in zip(sides, ends, strict=True):
+            kept = ids[shared:end] if pad_to is None else _padded(ids, pad_to, pad_token_id or 0)
+            scored.append(row.add(kept, prefix)[1] + end - shared - 1)
     input_ids, layout = row.tensors()
-    both = torch.tensor(scored, dtype=torch.int64).view(-1, 2)
-    rows, index = torch.unique(both, return_inverse=True)
-    return PairBatch(input_ids, layout, rows, index[:, 0], index[:, 1], _margins(margins))
+    # Every side has a segment of its own, in this order: the scored rows ascend as they are.
+    rows, index = torch.tensor(scored, dtype=torch.int64), torch.arange(len(scored))
+    return PairBatch(input_ids, layout, rows, index[0::2], index[1::2], _margins(margins))
 
 
 def pack_completions(
-    prompts: Sequence[Sequence[int]],
-    completions: Sequence[Sequence[int]],
+    prompts: Sequence[TokenIds],
+    completions: Sequence[TokenIds],
     pad_token_id: int | None,
 ) -> tuple[ScoredBatch, Tensor]:
     """Completions to score; neighbours with the same prompt share its segment.
@@ -205,30 +240,30 @@ def pack_completions(
     row, scored = _Row(), []
     shared, segment = None, NO_PREFIX
     for prompt, completion in zip(prompts, completions, strict=True):
-        end = scored_end([*prompt, *completion], pad_token_id)
+        whole = np.concatenate([_ids(prompt), _ids(completion)])
+        end = scored_end(whole, pad_token_id)
         if end <= len(prompt):
             # The scored token lies in the prompt: a whole sequence of its own is simplest.
-            _, first = row.add([*prompt, *completion][:end])
+            _, first = row.add(whole[:end])
             scored.append(first + end - 1)
             continue
-        if prompt != shared:
-            shared, segment = prompt, row.add(prompt)[0] if prompt else NO_PREFIX
-        _, first = row.add(completion[: end - len(prompt)], segment)
+        if shared is None or not np.array_equal(prompt, shared):
+            shared, segment = prompt, row.add(_ids(prompt))[0] if len(prompt) else NO_PREFIX
+        _, first = row.add(whole[len(prompt) : end], segment)
         scored.append(first + end - len(prompt) - 1)
     input_ids, layout = row.tensors()
-    rows, index = torch.unique(torch.tensor(scored, dtype=torch.int64), return_inverse=True)
-    return ScoredBatch(input_ids, layout, rows), index
+    rows = torch.tensor(scored, dtype=torch.int64)
+    return ScoredBatch(input_ids, layout, rows), torch.arange(len(scored))
 
 
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+def common_prefix(a: TokenIds, b: TokenIds) -> int:
     """How many tokens two sequences share at their beginning."""
     limit = min(len(a), len(b))
-    if a[:limit] == b[:limit]:
-        return limit
-    return next(i for i in range(limit) if a[i] != b[i])
+    same = np.equal(a[:limit], b[:limit])
+    return limit if same.all() else int(same.argmin())
 
 
-def scored_end(ids: Sequence[int], pad_token_id: int | None) -> int:
+def scored_end(ids: TokenIds, pad_token_id: int | None) -> int:
     """Length of a sequence up to the token that a reward model reads.
 
     Raises:
@@ -242,15 +277,17 @@ def scored_end(ids: Sequence[int], pad_token_id: int | None) -> int:
     return end
 
 
-def _token_batch(row: _Row, wanted: list[tuple[int, int, int]], num_sequences: int) -> TokenBatch:
-    input_ids, layout = row.tensors()
-    table = torch.tensor(wanted, dtype=torch.int64).view(-1, 3)
-    rows, source = torch.unique(table[:, 0], return_inverse=True)
-    return TokenBatch(input_ids, layout, rows, source, table[:, 1], table[:, 2], num_sequences)
+def _ids(ids: TokenIds) -> np.ndarray:
+    return ids if isinstance(ids, np.ndarray) else np.asarray(ids, dtype=np.int64)
 
 
-def _padded(ids: Sequence[int], pad_to: int | None, pad_token_id: int | None) -> list[int]:
-    return [*ids, *[pad_token_id or 0] * ((pad_to or 0) - len(ids))]
+def _joined(parts: list[np.ndarray], dtype: type[np.generic]) -> np.ndarray:
+    return np.concatenate([np.empty(0, dtype), *parts], dtype=dtype, casting="unsafe")
+
+
+def _padded(values: np.ndarray, pad_to: int | None, filling: int | bool) -> np.ndarray:
+    missing = (pad_to or 0) - len(values)
+    return values if missing <= 0 else np.append(values, np.full(missing, filling, values.dtype))
 
 
 def _margins(margins: Sequence[float | None] | None) -> Tensor | None:

@@ -6,11 +6,14 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fastllm.data.columns import Text
 from fastllm.data.encoding import tokenise_pairs
 from fastllm.data.errors import DataError
 from fastllm.data.records import is_conversational, preference_records
-from fastllm.data.tokenise import joined, tokenise_wholes
+from fastllm.data.tokenise import TokenIds, joined, tokenise_wholes
 from fastllm.data.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -116,7 +119,7 @@ class RewardDataCollator:
             batch["margin"] = torch.tensor([pair.margin or 0.0 for pair in fitting])
         return batch
 
-    def _fitting(self, ids: list[int], what: str) -> list[int]:
+    def _fitting(self, ids: TokenIds, what: str) -> TokenIds:
         if len(ids) > self.block_size:
             raise DataError(
                 f"{what} has {len(ids):,} tokens and block_size is {self.block_size:,}; shorten "
@@ -124,14 +127,17 @@ class RewardDataCollator:
             )
         return ids
 
-    def _padded(self, rows: list[list[int]], width: int) -> Tensor:
+    def _padded(self, rows: list[TokenIds], width: int) -> Tensor:
         pad = self.tokenizer.pad_token_id
         if pad is None:
             pad = 0  # any id will do: the lengths say where a sequence ends
-        return _long_tensor([row + [pad] * (width - len(row)) for row in rows])
+        table = np.full((len(rows), width), pad, dtype=np.int64)
+        for row, ids in zip(table, rows, strict=True):
+            row[: len(ids)] = ids
+        return _long_tensor(table)
 
 
-def _long_tensor(values: list[Any]) -> LongTensor:
+def _long_tensor(values: NDArray[Any]) -> LongTensor:
     import torch
 
     return torch.tensor(values, dtype=torch.int64)  # type: ignore[return-value]

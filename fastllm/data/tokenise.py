@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from fastllm.data.columns import Messages, Text
 from fastllm.data.errors import DataError
@@ -16,6 +19,9 @@ logger = logging.getLogger("fastllm")
 AnyRecord = SFTRecord | PreferenceRecord | PromptRecord
 Result = TypeVar("Result")
 
+# One row of token ids. A list of Python's integers would take ten times the memory.
+TokenIds: TypeAlias = NDArray[np.int32]
+
 
 def joined(prompt: Text | None, answer: Text) -> Text:
     """Return the answer after its prompt: two strings, or two lists of messages."""
@@ -26,14 +32,14 @@ def joined(prompt: Text | None, answer: Text) -> Text:
 
 def tokenise_wholes(
     texts: Sequence[Text | None], records: Sequence[AnyRecord], tokenizer: Tokenizer
-) -> list[list[int]]:
+) -> list[TokenIds]:
     """Return the token ids of whole texts ([] for None). Strings get EOS unless they end in it."""
     return _tokenise(texts, records, tokenizer, prompt=False)
 
 
 def tokenise_prompts(
     texts: Sequence[Text | None], records: Sequence[AnyRecord], tokenizer: Tokenizer
-) -> list[list[int]]:
+) -> list[TokenIds]:
     """Return the token ids of prompts, ready to be continued: strings without EOS, messages with
     the beginning of the assistant's turn, [] for None."""
     rows = _tokenise(texts, records, tokenizer, prompt=True)
@@ -49,7 +55,7 @@ def _tokenise(
     records: Sequence[AnyRecord],
     tokenizer: Tokenizer,
     prompt: bool,
-) -> list[list[int]]:
+) -> list[TokenIds]:
     strings = {index: text for index, text in enumerate(texts) if isinstance(text, str)}
     if strings and not prompt:
         ending = _ending(tokenizer)
@@ -62,12 +68,15 @@ def _tokenise(
         for index, text in enumerate(texts)
         if isinstance(text, list)
     }
-    rows: list[list[int]] = [[] for _ in texts]
+    rows = [_NOTHING] * len(texts)
     for written, framed in ((strings, True), (chats, False)):
-        batch = tokenizer.encode_batch(list(written.values()), add_special_tokens=framed)
+        batch = tokenizer.encode_each(written.values(), add_special_tokens=framed)
         for index, ids in zip(written, batch, strict=True):
-            rows[index] = ids
+            rows[index] = np.array(ids, dtype=np.int32)
     return rows
+
+
+_NOTHING = np.empty(0, dtype=np.int32)
 
 
 def _ending(tokenizer: Tokenizer) -> str:
@@ -96,7 +105,7 @@ def _rendered(messages: Messages, record: AnyRecord, tokenizer: Tokenizer, promp
 
 def tokenise_spoken(
     text: Text, record: AnyRecord, tokenizer: Tokenizer
-) -> tuple[list[int], list[bool]]:
+) -> tuple[TokenIds, NDArray[np.bool_]]:
     """Return the token ids of a conversation, and for each whether the assistant wrote it."""
     if isinstance(text, str):
         raise DataError(
@@ -111,7 +120,7 @@ def tokenise_spoken(
     )
     if not any(spoken):
         raise DataError(f"{record.origin}: assistant_only_loss, but the assistant says nothing")
-    return ids, spoken
+    return np.array(ids, dtype=np.int32), np.array(spoken, dtype=bool)
 
 
 def _citing(record: AnyRecord, render: Callable[[], Result]) -> Result:
@@ -121,13 +130,11 @@ def _citing(record: AnyRecord, render: Callable[[], Result]) -> Result:
         raise DataError(f"{record.origin}: {error}") from error
 
 
-def check_vocabulary(
-    rows: Sequence[Sequence[int]], records: Sequence[AnyRecord], tokenizer: Tokenizer
-) -> None:
-    """Raise DataError if a pre-tokenised row holds an id that the tokenizer does not have."""
-    for ids, record in zip(rows, records, strict=True):
-        if ids and max(ids) >= tokenizer.vocab_size:
-            raise DataError(
-                f"{record.origin}: token id {max(ids)} is outside the vocabulary of "
-                f"{tokenizer.vocab_size:,} tokens ({tokenizer.description})"
-            )
+def given_ids(ids: Sequence[int], record: AnyRecord, tokenizer: Tokenizer) -> TokenIds:
+    """Return a pre-tokenised record's ids. Raises DataError for one the tokenizer does not have."""
+    if ids and max(ids) >= tokenizer.vocab_size:
+        raise DataError(
+            f"{record.origin}: token id {max(ids)} is outside the vocabulary of "
+            f"{tokenizer.vocab_size:,} tokens ({tokenizer.description})"
+        )
+    return np.array(ids, dtype=np.int32)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,11 @@ DEFAULT_VOCAB_SIZE = 4096
 MIN_BYTES_FOR_BPE = 1_000_000
 """Texts smaller than this are read byte by byte: a megabyte is about 250,000 tokens of a 4,096
 token vocabulary, some 60 of each; with fewer, most tokens are too rare to be learned."""
+
+
+_TEXTS_AT_ONCE = 1024
+"""The library keeps some 140 bytes for each token (its text, its place) until it is asked for the
+ids. This many texts keep every thread busy, and what is kept for them small."""
 
 
 class Tokenizer:
@@ -132,16 +138,22 @@ class Tokenizer:
         `add_special_tokens` frames a text as the tokenizer's own rule says (BOS before it, for
         many); a text that begins with BOS gets no second one.
         """
-        with rust_errors("encoding"):
-            encodings = self.backend.encode_batch_fast(
-                list(texts), add_special_tokens=add_special_tokens
-            )
-        ids = [encoding.ids for encoding in encodings]
-        return [self._one_bos(row) for row in ids] if add_special_tokens else ids
+        return list(self.encode_each(texts, add_special_tokens))
 
-    def _one_bos(self, ids: list[int]) -> list[int]:
-        bos = self.bos_token_id
-        return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
+    def encode_each(
+        self, texts: Iterable[str], add_special_tokens: bool = False
+    ) -> Iterator[list[int]]:
+        """Yield what `encode_batch` returns, with little more than the ids in memory."""
+        twice = [self.bos_token_id] * 2 if self.bos_token_id is not None else None
+        remaining = iter(texts)
+        while some := list(islice(remaining, _TEXTS_AT_ONCE)):
+            with rust_errors("encoding"):
+                encodings = self.backend.encode_batch_fast(
+                    some, add_special_tokens=add_special_tokens
+                )
+            for encoding in encodings:
+                ids = encoding.ids
+                yield ids[1:] if add_special_tokens and ids[:2] == twice else ids
 
     @property
     def adds_eos(self) -> bool:

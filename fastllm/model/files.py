@@ -12,21 +12,24 @@ from typing import Any
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, durable: bool = True) -> Iterator[Path]:
     """A path beside `path` to write to; it takes the place of `path` once it is on the disk.
 
     The file gets the permissions that the umask gives to any new file, which safetensors' own
-    writer does not do. On an error the old file stays and the new one goes.
+    writer does not do. On an error the old file stays and the new one goes. Without `durable`
+    nothing waits for the disk, which is then the caller's business.
     """
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         yield beside
         os.chmod(beside, 0o666 & ~_umask())
-        sync(beside)
+        if durable:
+            sync(beside)
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
-    sync(path.parent)
+    if durable:
+        sync(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:

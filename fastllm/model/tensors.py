@@ -30,10 +30,10 @@ def read_file(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
 
 
-def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors as one safetensors file."""
+def write_file(path: Path, tensors: Mapping[str, Tensor], durable: bool = True) -> None:
+    """Write tensors as one safetensors file; `durable` waits until it is on the disk."""
     plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    with replacing(path) as beside:
+    with replacing(path, durable) as beside:
         save_file(plain, str(beside), metadata={"format": "pt"})
 
 

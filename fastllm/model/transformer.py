@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
@@ -11,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import ops
 from ..layout import PackedLayout
-from . import weights
+from . import fused, weights
 from .config import LANGUAGE_MODEL, ModelConfig
 from .layers import Linear, RMSNorm
 from .rotary import RotaryTable
@@ -38,7 +39,7 @@ class PackedAttend:
     """Training and scoring: every segment sees its prefix and itself, nothing is kept."""
 
     def __init__(self, layout: PackedLayout, rows: Tensor | None = None) -> None:
-        self._layout = layout
+        self.layout = layout
         self._selected = layout if rows is None else layout.select(rows)
         self.positions, self.max_position = layout.positions, layout.max_position
 
@@ -46,7 +47,7 @@ class PackedAttend:
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None, window: int | None
     ) -> Tensor:
         return ops.attention(
-            q, k, v, self._layout if rows is None else self._selected, window=window
+            q, k, v, self.layout if rows is None else self._selected, window=window
         )
 
 
@@ -55,6 +56,7 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.window = layer, config.window(layer)
         self.head_dim = config.head_dim
+        self.heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
         self.q_proj = Linear(config.hidden_size, queries, bias=config.qkv_bias)
@@ -78,6 +80,10 @@ class Attention(nn.Module):
         q, k = self._rotate(q, k, rotary, attend.positions, rows)
         out = attend(self.layer, q, k, v, rows, self.window)
         return self.o_proj(out.flatten(1))
+
+    def projections(self) -> tuple[Linear, ...]:
+        """Query, key, value, output."""
+        return self.q_proj, self.k_proj, self.v_proj, self.o_proj
 
     @staticmethod
     def _rotate(
@@ -106,6 +112,10 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
 
+    def projections(self) -> tuple[Linear, ...]:
+        """Gate, up, down."""
+        return self.gate_proj, self.up_proj, self.down_proj
+
 
 class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -127,6 +137,10 @@ class Block(nn.Module):
 
         The add is left to the next norm, which does both in one pass over memory.
         """
+        if isinstance(attend, PackedAttend) and self._is_plain():
+            raw = fused.raw_kernels(residual)
+            if raw is not None:
+                return self._fused(raw, update, residual, rotary, attend.layout, rows)
         if update is None:
             x = self.input_layernorm(residual)
         else:
@@ -135,6 +149,36 @@ class Block(nn.Module):
         residual = residual if rows is None else residual[rows]
         x, residual = self.post_attention_layernorm.add(attended, residual)
         return self.mlp(x), residual
+
+    def _fused(
+        self,
+        raw: SimpleNamespace,
+        update: Tensor | None,
+        residual: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        layout: PackedLayout,
+        rows: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        update, residual = fused.attention_half(
+            raw,
+            update,
+            residual,
+            self.input_layernorm,
+            [projection.weight for projection in self.self_attn.projections()],
+            self.self_attn.heads,
+            rotary,
+            layout,
+            rows,
+            self.self_attn.window,
+        )
+        mlp = [projection.weight for projection in self.mlp.projections()]
+        return fused.mlp_half(raw, update, residual, self.post_attention_layernorm, mlp)
+
+    def _is_plain(self) -> bool:
+        """Whether the projections are no more than matrices: no adapters, biases or query norms."""
+        projections = (*self.self_attn.projections(), *self.mlp.projections())
+        plain = all(type(p) is Linear and p.bias is None for p in projections)
+        return plain and not hasattr(self.self_attn, "q_norm")
 
 
 class Trunk(nn.Module):

@@ -32,12 +32,26 @@ def reason() -> str:
 
 
 def isa() -> str:
-    """Instruction set that the kernels run on: "baseline", "avx2" or "avx512".
+    """Instruction set that the kernels run on: "baseline", "avx2", "avx512" or "avx512_bf16".
 
     Raises:
         RuntimeError: the extension was not built or does not load.
     """
     return _loaded().isa()
+
+
+def fast_bf16_dot() -> bool:
+    """Whether this processor multiplies bf16 faster than fp32.
+
+    Raises:
+        RuntimeError: the extension was not built or does not load.
+    """
+    return _loaded().fast_bf16_dot()
+
+
+def keep_memory() -> bool:
+    """Let this process keep the memory that it frees (csrc/memory.h); whether that was possible."""
+    return available() and bool(_loaded().keep_memory())
 
 
 def _loaded() -> ModuleType:
@@ -48,9 +62,10 @@ def _loaded() -> ModuleType:
 
 
 @cache
-def _ops() -> Any:
+def _op(name: str) -> Any:
+    """One op; its only overload, because looking for it takes longer than a small kernel."""
     _loaded()
-    return torch.ops.fastllm
+    return getattr(torch.ops.fastllm, name).default
 
 
 @cache
@@ -70,42 +85,77 @@ def _load() -> tuple[ModuleType | None, str]:
     return extension, f"C++ extension built for {levels}; running {extension.isa()}"
 
 
+class matmul:
+    """out = a b, or out += a b."""
+
+    @staticmethod
+    def product_(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
+        _op("matmul_")(a, b, out, add)
+
+
 class rms_norm:
     """h = x + residual, y = h / sqrt(mean(h^2) + eps) * weight, and its gradient."""
+
+    READS_STRIDES = True
 
     @staticmethod
     def forward(
         x: Tensor, weight: Tensor, eps: float, residual: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return _ops().rms_norm_forward(x, weight, eps, residual)
+        return _op("rms_norm_forward")(x, weight, eps, residual)
 
     @staticmethod
     def backward(
         dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor, weight_grad: bool
     ) -> tuple[Tensor, Tensor]:
-        return _ops().rms_norm_backward(dy, dh, h, weight, rstd, weight_grad)
+        return _op("rms_norm_backward")(dy, dh, h, weight, rstd, weight_grad)
 
 
 class rope:
     """Rotation of the two halves of each head by its position's angle."""
 
+    READS_STRIDES = True
+
     @staticmethod
     def forward(
         q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, inverse: bool
     ) -> tuple[Tensor, Tensor]:
-        return _ops().rope_forward(q, k, cos, sin, positions, inverse)
+        return _op("rope_forward")(q, k, cos, sin, positions, inverse)
+
+    @staticmethod
+    def into_(
+        q: Tensor,
+        k: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        positions: Tensor,
+        inverse: bool,
+        q_out: Tensor,
+        k_out: Tensor,
+    ) -> None:
+        """Write the rotated q and k: to slices of one buffer, say, or over q and k."""
+        _op("rope_into_")(q, k, cos, sin, positions, inverse, q_out, k_out)
 
 
 class swiglu:
-    """silu(gate) * up, and its gradient."""
+    """silu(gate) * up, and its gradient; tensors are rows [N, F]."""
+
+    READS_STRIDES = True
 
     @staticmethod
     def forward(gate: Tensor, up: Tensor) -> Tensor:
-        return _ops().swiglu_forward(gate, up)
+        return _op("swiglu_forward")(gate, up)
 
     @staticmethod
     def backward(dout: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-        return _ops().swiglu_backward(dout, gate, up)
+        return _op("swiglu_backward")(dout, gate, up)
+
+    @staticmethod
+    def backward_into_(
+        dout: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor
+    ) -> None:
+        """Write the gradients: to the halves of one buffer, say, or over gate and up."""
+        _op("swiglu_backward_into_")(dout, gate, up, dgate, dup)
 
 
 class attention:
@@ -115,7 +165,7 @@ class attention:
     def forward(
         q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, scale: float, window: int
     ) -> tuple[Tensor, Tensor]:
-        return _ops().attention_forward(
+        return _op("attention_forward")(
             q,
             k,
             v,
@@ -140,7 +190,7 @@ class attention:
         scale: float,
         window: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return _ops().attention_backward(
+        return _op("attention_backward")(
             dout,
             q,
             k,
@@ -176,7 +226,7 @@ class decode_attention:
         scale: float,
         window: int,
     ) -> Tensor:
-        return _ops().decode_attention_forward(
+        return _op("decode_attention_forward")(
             q,
             prefix_k,
             prefix_v,
@@ -198,7 +248,7 @@ class linear_logprob:
     def forward(
         logits: Tensor, targets: Tensor, temperature: float, softcap: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return _ops().linear_logprob_forward(logits, targets, temperature, softcap)
+        return _op("linear_logprob_forward")(logits, targets, temperature, softcap)
 
     @staticmethod
     def backward_(
@@ -211,7 +261,7 @@ class linear_logprob:
         temperature: float,
         softcap: float,
     ) -> None:
-        _ops().linear_logprob_backward_(
+        _op("linear_logprob_backward_")(
             logits, targets, lse, entropy, dlogp, dentropy, temperature, softcap
         )
 
@@ -223,7 +273,31 @@ class pairwise_loss:
     def forward(
         chosen: Tensor, rejected: Tensor, margin: Tensor | None, centering: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return _ops().pairwise_loss_forward(chosen, rejected, margin, centering)
+        return _op("pairwise_loss_forward")(chosen, rejected, margin, centering)
+
+
+class optimizer:
+    """The norm of a list of gradients, and a step of AdamW that scales them."""
+
+    @staticmethod
+    def gradient_norm(gradients: list[Tensor]) -> Tensor:
+        """Euclidean norm over all elements, an fp64 scalar."""
+        return _op("gradient_norm")(gradients)
+
+    @staticmethod
+    def adamw_(
+        parameters: list[Tensor],
+        gradients: list[Tensor],
+        means: list[Tensor],
+        squares: list[Tensor],
+        steps: list[Tensor],
+        *options: float,
+    ) -> None:
+        """Count a step and take it.
+
+        `options`: gradient_scale, learning_rate, beta1, beta2, eps, weight_decay.
+        """
+        _op("adamw_")(parameters, gradients, means, squares, steps, *options)
 
 
 # Shapes and dtypes of the results, for torch.compile and for checks without data. The arguments
@@ -235,11 +309,11 @@ def _register_shapes() -> None:
         return like.new_empty(shape, dtype=torch.float32)
 
     def rms_norm_forward(x, weight, eps, residual):
-        h = x.new_empty(0) if residual is None else torch.empty_like(x)
-        return torch.empty_like(x), h, float32(x, x.shape[0])
+        h = x.new_empty((0, 0) if residual is None else x.shape)
+        return x.new_empty(x.shape), h, float32(x, x.shape[0])
 
     def rms_norm_backward(dy, dh, h, weight, rstd, weight_grad):
-        return torch.empty_like(h), float32(h, h.shape[1] if weight_grad else 0)
+        return h.new_empty(h.shape), float32(h, h.shape[1] if weight_grad else 0)
 
     def attention_forward(q, *_arguments):
         return torch.empty_like(q), float32(q, *q.shape[:2])
@@ -255,17 +329,25 @@ def _register_shapes() -> None:
         return float32(chosen), float32(chosen, *shape), float32(chosen, *shape)
 
     shapes: dict[str, Callable[..., Any]] = {
+        "matmul_": lambda *_: None,
         "rms_norm_forward": rms_norm_forward,
         "rms_norm_backward": rms_norm_backward,
-        "rope_forward": lambda q, k, *_: (torch.empty_like(q), torch.empty_like(k)),
-        "swiglu_forward": lambda gate, _up: torch.empty_like(gate),
-        "swiglu_backward": lambda _dout, gate, up: (torch.empty_like(gate), torch.empty_like(up)),
+        "rope_forward": lambda q, k, *_: (q.new_empty(q.shape), k.new_empty(k.shape)),
+        "rope_into_": lambda *_: None,
+        "swiglu_forward": lambda gate, _up: gate.new_empty(gate.shape),
+        "swiglu_backward": lambda _dout, gate, up: (
+            gate.new_empty(gate.shape),
+            up.new_empty(up.shape),
+        ),
+        "swiglu_backward_into_": lambda *_: None,
         "attention_forward": attention_forward,
         "attention_backward": attention_backward,
         "decode_attention_forward": lambda q, *_: torch.empty_like(q),
         "linear_logprob_forward": linear_logprob_forward,
         "linear_logprob_backward_": lambda *_: None,
         "pairwise_loss_forward": pairwise_loss_forward,
+        "gradient_norm": lambda gradients: gradients[0].new_empty((), dtype=torch.float64),
+        "adamw_": lambda *_: None,
     }
     for name, shape in shapes.items():
         torch.library.register_fake(f"fastllm::{name}", shape)

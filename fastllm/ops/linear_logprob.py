@@ -1,11 +1,13 @@
 """Log-probability of the target from hidden states, without keeping the logits.
 
-One op serves SFT, GRPO, DPO and KL: the rows are taken in chunks, a chunk's logits live only
-while its log-sum-exp is computed, and the backward pass computes them again.
+`linear_logprob` serves GRPO, DPO and KL: the rows are taken in chunks, a chunk's logits live only
+while its log-sum-exp is computed, and the backward pass computes them again. SFT knows the weight
+of every token beforehand, and `linear_cross_entropy` needs the logits once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,10 +15,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from . import backend
+from .inputs import needs_grad
+from .matmul import matmul
 
 # Logits held at a time. A chunk must be tall enough to keep the matrix product at full speed
-# (thousands of rows on a GPU) and small enough to be nothing beside the activations.
-_CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 28}
+# (thousands of rows on a GPU) and small enough to be nothing beside the activations; on a CPU, whose
+# products are fast on few rows, it is at most this part of all the logits too.
+_CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 28}
+_CHUNK_SHARE = {"cpu": 16, "cuda": 1}
 _MIN_ROWS = 64
 
 
@@ -53,6 +59,49 @@ def linear_logprob(
     return (logp, entropies) if entropy else logp
 
 
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_weights: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-sum(token_weights * logp), for losses that know the weight of every token beforehand.
+
+    The gradients are made in the forward pass, while a chunk's logits are there: three matrix
+    products in all, where `linear_logprob` with its backward pass takes four. The loss can be
+    differentiated once.
+
+    Args:
+        token_weights: what each row counts for [N], fp32, without gradient; 1 when None.
+        hidden, weight, targets, temperature, softcap: as in `linear_logprob`.
+
+    Returns:
+        The loss, a scalar; and of each row the log-probability of its target and the entropy,
+        [N], which carry no gradient. fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        ValueError: as `linear_logprob`, and token weights that do not fit or require a gradient.
+    """
+    _check(hidden, weight, targets, temperature, softcap)
+    if token_weights is None:
+        token_weights = hidden.new_ones(hidden.shape[0], dtype=torch.float32)
+    elif token_weights.shape != targets.shape or token_weights.requires_grad:
+        raise ValueError(
+            f"linear_cross_entropy: token_weights must be [{targets.shape[0]}] without gradient, "
+            f"found {tuple(token_weights.shape)}, requires_grad={token_weights.requires_grad}"
+        )
+    raw = backend.kernels("linear_logprob", hidden, weight, token_weights)
+    if raw is None or not needs_grad(hidden, weight):
+        logp, entropy = linear_logprob(hidden, weight, targets, temperature, softcap, entropy=True)
+        return -(token_weights * logp).sum(), logp.detach(), entropy.detach()
+    weights = token_weights.float().contiguous()
+    return _LinearCrossEntropy.apply(
+        hidden, weight, targets, weights, temperature, softcap or 0.0, raw
+    )
+
+
 def linear_logprob_reference(
     hidden: Tensor,
     weight: Tensor,
@@ -69,7 +118,7 @@ def linear_logprob_reference(
         logp = torch.log_softmax(z / temperature, dim=-1)
         return logp.gather(1, ids[:, None]).squeeze(1), -(logp.exp() * logp).sum(-1)
 
-    size = _chunk_rows(weight.shape[0], hidden.device)
+    size = _chunk_rows(hidden, weight)
     chunks = zip(hidden.split(size), targets.long().split(size), strict=True)
     parts = [checkpoint(of_chunk, rows, weight, ids, use_reentrant=False) for rows, ids in chunks]
     logp, entropies = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -88,10 +137,9 @@ class _LinearLogprob(torch.autograd.Function):
         raw: Any,
     ) -> tuple[Tensor, Tensor]:
         targets = targets.long().contiguous()
-        size = _chunk_rows(weight.shape[0], hidden.device)
         parts = [
-            raw.forward(wide_matmul(rows, weight.t()), ids, temperature, softcap)
-            for rows, ids in zip(hidden.split(size), targets.split(size), strict=True)
+            raw.forward(logits, targets[rows], temperature, softcap)
+            for rows, logits in _chunks(hidden, weight)
         ]
         logp, entropy, lse = (torch.cat(column) for column in zip(*parts, strict=True))
         ctx.save_for_backward(hidden, weight, targets, entropy, lse)
@@ -101,48 +149,127 @@ class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dlogp: Tensor, dentropy: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, entropy, lse = ctx.saved_tensors
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-        dweight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        gradients = _Gradients(hidden, weight, *ctx.needs_input_grad[:2])
         dlogp, dentropy = dlogp.contiguous(), dentropy.contiguous()
-        size = _chunk_rows(weight.shape[0], hidden.device)
-        for first in range(0, hidden.shape[0], size):
-            chunk = slice(first, first + size)
-            logits = wide_matmul(hidden[chunk], weight.t())
-            ctx.raw.backward_(
-                logits,
-                targets[chunk],
-                lse[chunk],
-                entropy[chunk],
-                dlogp[chunk],
-                dentropy[chunk],
-                ctx.temperature,
-                ctx.softcap,
+        options = ctx.temperature, ctx.softcap
+        for rows, logits in _chunks(hidden, weight):
+            per_row = (t[rows] for t in (targets, lse, entropy, dlogp, dentropy))
+            ctx.raw.backward_(logits, *per_row, *options)
+            gradients.add(rows, logits)
+        return gradients.hidden, gradients.of_weight(), *[None] * 4
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        token_weights: Tensor,
+        temperature: float,
+        softcap: float,
+        raw: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        targets, dlogp = targets.long().contiguous(), -token_weights
+        gradients = _Gradients(hidden, weight, *ctx.needs_input_grad[:2])
+        no_gradient = torch.zeros_like(dlogp)
+        parts = []
+        for rows, logits in _chunks(hidden, weight):
+            ids = targets[rows]
+            logp, entropy, lse = raw.forward(logits, ids, temperature, softcap)
+            raw.backward_(
+                logits, ids, lse, entropy, dlogp[rows], no_gradient[rows], temperature, softcap
             )
-            if needs_hidden:
-                dhidden[chunk] = wide_matmul(logits, weight)
-            if dweight is not None:
-                dweight += wide_matmul(logits.t(), hidden[chunk])
-        return (
-            dhidden if needs_hidden else None,
-            None if dweight is None else dweight.to(weight.dtype),
-            *[None] * 4,
-        )
+            gradients.add(rows, logits)
+            parts.append((logp, entropy))
+        logp, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
+        ctx.gradients = gradients.hidden, gradients.of_weight()
+        ctx.mark_non_differentiable(logp, entropy)
+        ctx.set_materialize_grads(False)
+        return (dlogp * logp).sum(), logp, entropy
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        # Scaled in place and given away: a second call would find them changed.
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError(
+                "linear_cross_entropy: its gradients were made in the forward pass and can be "
+                "asked for once; use linear_logprob to differentiate twice"
+            )
+        if dloss is None:
+            return (None,) * 7
+        scaled = (g if g is None else g.mul_(dloss.to(g.dtype)) for g in gradients)
+        return *scaled, *[None] * 5
 
 
-def wide_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a b with an fp32 result (fp64 for fp64), in the tensor cores' precision on a GPU."""
+def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of `hidden` and their logits, which the next chunk overwrites."""
+    rows, size = hidden.shape[0], _chunk_rows(hidden, weight)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    buffer = hidden.new_empty(min(rows, size), weight.shape[0], dtype=wide)
+    for first in range(0, max(rows, 1), size):
+        chunk = slice(first, min(first + size, rows))
+        yield chunk, wide_matmul(hidden[chunk], weight.t(), buffer[: chunk.stop - first])
+
+
+class _Gradients:
+    """The gradients of the hidden states and of the weight, chunk by chunk of rows."""
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, needs_hidden: bool, needs_weight: bool
+    ) -> None:
+        self._inputs = hidden, weight
+        self.hidden = hidden.new_empty(hidden.shape) if needs_hidden else None
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        self._weight = weight.new_empty(weight.shape, dtype=wide) if needs_weight else None
+        self._begun = False
+
+    def add(self, rows: slice, dlogits: Tensor) -> None:
+        """Add what the rows' dlogits [n, V] give."""
+        hidden, weight = self._inputs
+        if self.hidden is not None:
+            if self.hidden.dtype == dlogits.dtype:
+                wide_matmul(dlogits, weight, self.hidden[rows])
+            else:
+                self.hidden[rows] = wide_matmul(dlogits, weight)
+        if self._weight is not None:
+            wide_matmul(dlogits.t(), hidden[rows], self._weight, add=self._begun)
+            self._begun = True
+
+    def of_weight(self) -> Tensor | None:
+        """The gradient of the weight, in its dtype."""
+        return None if self._weight is None else self._weight.to(self._inputs[1].dtype)
+
+
+def wide_matmul(a: Tensor, b: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
+    """a b with an fp32 result (fp64 for fp64), in the tensor cores' precision on a GPU.
+
+    Args:
+        out: where to put the result; a new tensor when None.
+        add: add to `out` instead.
+    """
     narrow = {a.dtype, b.dtype} & {torch.bfloat16, torch.float16}
     if a.is_cuda and narrow:
         dtype = narrow.pop()
-        return torch.mm(a.to(dtype), b.to(dtype), out_dtype=torch.float32)
+        product = torch.mm(a.to(dtype), b.to(dtype), out_dtype=torch.float32)
+        if out is None:
+            return product
+        return out.add_(product) if add else out.copy_(product)
     wide = torch.promote_types(a.dtype, torch.float32)
-    return a.to(wide) @ b.to(wide)
+    if a.device.type == "cpu" and not needs_grad(a, b):
+        return matmul(a, b, out, add, dtype=wide)
+    a, b = a.to(wide), b.to(wide)
+    if out is None:
+        return a @ b
+    return out.addmm_(a, b) if add else torch.mm(a, b, out=out)
 
 
-def _chunk_rows(vocabulary: int, device: torch.device) -> int:
-    elements = _CHUNK_ELEMENTS.get(device.type, _CHUNK_ELEMENTS["cpu"])
-    return max(_MIN_ROWS, elements // vocabulary)
+def _chunk_rows(hidden: Tensor, weight: Tensor) -> int:
+    kind = hidden.device.type if hidden.device.type in _CHUNK_ELEMENTS else "cpu"
+    share = -(-hidden.shape[0] // _CHUNK_SHARE[kind])
+    return max(_MIN_ROWS, min(share, _CHUNK_ELEMENTS[kind] // weight.shape[0]))
 
 
 def _check(

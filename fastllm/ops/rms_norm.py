@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import backend
+from .inputs import as_rows, needs_grad
 
 
 def rms_norm(
@@ -39,11 +40,12 @@ def rms_norm(
     raw = backend.kernels("rms_norm", x, weight, residual)
     if raw is None:
         return rms_norm_reference(x, weight, eps, residual)
-    rows = x.reshape(-1, x.shape[-1])
-    if residual is None:
-        return _RMSNorm.apply(rows, weight.to(x.dtype), eps, None, raw)[0].view(x.shape)
-    y, h = _RMSNorm.apply(rows, weight.to(x.dtype), eps, residual.reshape(rows.shape), raw)
-    return y.view(x.shape), h.view(x.shape)
+    if needs_grad(x, weight, residual):
+        y, h = _RMSNorm.apply(x, weight, eps, residual, raw)
+    else:
+        y, h, _ = _forward(x, weight.to(x.dtype), eps, residual, raw)
+        y, h = y.view(x.shape), None if residual is None else h.view(x.shape)
+    return y if residual is None else (y, h)
 
 
 def rms_norm_reference(
@@ -57,26 +59,36 @@ def rms_norm_reference(
     return y if residual is None else (y, h)
 
 
+def _forward(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, raw: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    added = None if residual is None else as_rows(residual, raw)
+    return raw.forward(as_rows(x, raw), weight.contiguous(), eps, added)
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, raw: Any
     ) -> tuple[Tensor, Tensor | None]:
-        x, weight = x.contiguous(), weight.contiguous()
-        added = None if residual is None else residual.contiguous()
-        y, h, rstd = raw.forward(x, weight, eps, added)
-        ctx.save_for_backward(x if residual is None else h, weight, rstd)
-        ctx.raw, ctx.fused = raw, residual is not None
+        narrow = weight.to(x.dtype)
+        y, h, rstd = _forward(x, narrow, eps, residual, raw)
+        h = x if residual is None else h.view(x.shape)
+        ctx.save_for_backward(h, narrow, rstd)
+        ctx.raw, ctx.fused, ctx.weight_dtype = raw, residual is not None, weight.dtype
         ctx.set_materialize_grads(False)
-        return y, h if ctx.fused else None
+        return y.view(x.shape), h if ctx.fused else None
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return dh, None, None, dh if ctx.fused else None, None
         h, weight, rstd = ctx.saved_tensors
-        dh = None if dh is None else dh.contiguous()
-        needs_weight = ctx.needs_input_grad[1]
-        dx, dweight = ctx.raw.backward(dy.contiguous(), dh, h, weight, rstd, needs_weight)
-        dweight = dweight.to(weight.dtype) if needs_weight else None
+        raw, needs_weight = ctx.raw, ctx.needs_input_grad[1]
+        others = None if dh is None else as_rows(dh, raw)
+        dx, dweight = raw.backward(
+            as_rows(dy, raw), others, as_rows(h, raw), weight.contiguous(), rstd, needs_weight
+        )
+        dx = dx.view(h.shape)
+        dweight = dweight.to(ctx.weight_dtype) if needs_weight else None
         return dx, dweight, None, dx if ctx.fused else None, None

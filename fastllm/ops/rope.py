@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import backend
+from .inputs import as_heads, needs_grad
 
 
 def rope(
@@ -35,7 +36,14 @@ def rope(
     raw = backend.kernels("rope", q, k, cos, sin)
     if raw is None:
         return rope_reference(q, k, cos, sin, positions)
-    return _Rope.apply(q, k, cos, sin, positions.to(torch.int32), raw)
+    tables = (
+        cos.float().contiguous(),
+        sin.float().contiguous(),
+        positions.to(torch.int32).contiguous(),
+    )
+    if needs_grad(q, k):
+        return _Rope.apply(q, k, *tables, raw)
+    return raw.forward(as_heads(q, raw), as_heads(k, raw), *tables, False)
 
 
 def rope_reference(
@@ -58,15 +66,15 @@ class _Rope(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, raw: Any
     ) -> tuple[Tensor, Tensor]:
-        tables = cos.float().contiguous(), sin.float().contiguous(), positions.contiguous()
-        ctx.save_for_backward(*tables)
+        ctx.save_for_backward(cos, sin, positions)
         ctx.raw = raw
-        return raw.forward(q.contiguous(), k.contiguous(), *tables, False)
+        return raw.forward(as_heads(q, raw), as_heads(k, raw), cos, sin, positions, False)
 
     @staticmethod
     def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
         # A rotation's transpose is the rotation by the opposite angle.
-        dq, dk = ctx.raw.forward(dq.contiguous(), dk.contiguous(), *ctx.saved_tensors, True)
+        raw = ctx.raw
+        dq, dk = raw.forward(as_heads(dq, raw), as_heads(dk, raw), *ctx.saved_tensors, True)
         return dq, dk, None, None, None, None
 
 

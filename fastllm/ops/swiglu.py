@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backend
+from .inputs import as_rows, needs_grad
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -29,7 +30,11 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
             f"found {up.dtype} {tuple(up.shape)}"
         )
     raw = backend.kernels("swiglu", gate, up)
-    return swiglu_reference(gate, up) if raw is None else _SwiGLU.apply(gate, up, raw)
+    if raw is None:
+        return swiglu_reference(gate, up)
+    if needs_grad(gate, up):
+        return _SwiGLU.apply(gate, up, raw)
+    return raw.forward(as_rows(gate, raw), as_rows(up, raw)).view(gate.shape)
 
 
 def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
@@ -41,12 +46,12 @@ def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, raw: Any) -> Tensor:
-        gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
         ctx.raw = raw
-        return raw.forward(gate, up)
+        return raw.forward(as_rows(gate, raw), as_rows(up, raw)).view(gate.shape)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, None]:
-        dgate, dup = ctx.raw.backward(dout.contiguous(), *ctx.saved_tensors)
-        return dgate, dup, None
+        gate, up = ctx.saved_tensors
+        dgate, dup = ctx.raw.backward(*(as_rows(t, ctx.raw) for t in (dout, gate, up)))
+        return dgate.view(gate.shape), dup.view(gate.shape), None

@@ -1,8 +1,8 @@
-"""Weighted means of metrics between two log lines, summed on the device without waiting."""
+"""Weighted means of metrics between two log lines, gathered without waiting for the device."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,23 +12,31 @@ from . import distributed
 # A metric of one pass: (sum, weight). Tensors stay on their device until a line is logged.
 Metric = tuple[Tensor | float, Tensor | float]
 
+_UNREAD = 4096
+"""Scalars that may wait on the device. Reading them is a wait for it, but a rare one."""
+
 
 class Averages:
-    """Accumulates metrics as (sum, weight) pairs."""
+    """Accumulates metrics as (sum, weight) pairs, in fp64 and in the order they come in."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, Metric] = {}
+        self._sums: dict[str, tuple[float, float]] = {}
+        self._names: list[str] = []
+        self._unread: list[Tensor | float] = []
 
     def add(self, metrics: dict[str, Metric]) -> None:
-        for name, (total, weight) in metrics.items():
-            before = self._sums.get(name, (0.0, 0.0))
-            total = total.detach() if isinstance(total, Tensor) else total
-            self._sums[name] = (before[0] + total, before[1] + weight)
+        for name, metric in metrics.items():
+            self._names.append(name)
+            # What waits here must not keep a pass's graph alive.
+            self._unread += [x.detach() if isinstance(x, Tensor) else x for x in metric]
+        if len(self._unread) > _UNREAD:
+            self._read()
 
     def pop(self) -> dict[str, float]:
         """Means over all ranks, and start again. Metrics without weight are left out."""
+        self._read()
         names = _of_all_ranks(self._sums)
-        own = [[float(part) for part in self._sums.get(name, (0.0, 0.0))] for name in names]
+        own = [self._sums.get(name, (0.0, 0.0)) for name in names]
         table = distributed.all_reduce_sum(torch.tensor(own, dtype=torch.float64).view(-1, 2))
         self._sums.clear()
         sums = zip(names, table.tolist(), strict=True)
@@ -36,10 +44,30 @@ class Averages:
 
     def state(self) -> dict[str, list[float]]:
         """What a checkpoint keeps, so that a resumed run logs the same lines."""
-        return {name: [float(total), float(weight)] for name, (total, weight) in self._sums.items()}
+        self._read()
+        return {name: list(sums) for name, sums in self._sums.items()}
 
     def restore(self, state: dict[str, list[float]]) -> None:
         self._sums = {name: (total, weight) for name, (total, weight) in state.items()}
+
+    def _read(self) -> None:
+        values = iter(on_host(self._unread))
+        for name in self._names:
+            total, weight = self._sums.get(name, (0.0, 0.0))
+            self._sums[name] = total + next(values), weight + next(values)
+        self._names.clear()
+        self._unread.clear()
+
+
+def on_host(scalars: Sequence[Tensor | float]) -> list[float]:
+    """The values of scalars; those on a device come over together, in one transfer."""
+    far = [x for x in scalars if isinstance(x, Tensor) and x.device.type != "cpu"]
+    if not far:
+        return [float(x) for x in scalars]
+    dtype = torch.float32 if far[0].device.type == "mps" else torch.float64  # MPS has no fp64
+    values = iter(torch.stack([x.to(dtype) for x in far]).tolist())
+    ours = {id(x) for x in far}
+    return [next(values) if id(x) in ours else float(x) for x in scalars]
 
 
 def _of_all_ranks(names: Iterable[str]) -> list[str]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import distributed
+from .ahead import Ahead
 from .averages import Metric
 from .config import TrainingConfig
 from .loop import Pass
@@ -19,12 +21,12 @@ Collate = Callable[[Sequence[Any]], tuple[Any, float, int]]
 
 
 class BatchSource:
-    """Shuffled epochs over encoded examples.
+    """Shuffled epochs over encoded examples, packed while the step before is computed.
 
     Args:
         examples: encoded examples.
-        collate: packs the examples of one pass.
-        config: batch sizes and seed.
+        collate: packs the examples of one pass; it draws no random numbers and starts no threads.
+        config: batch sizes, seed, threads.
         device: where batches go.
     """
 
@@ -41,11 +43,16 @@ class BatchSource:
         per_step = per_rank * distributed.world_size()
         self._sampler = EpochSampler(len(examples), per_step, config.seed)
         self.steps_per_epoch = self._sampler.steps_per_epoch
+        workers = config.dataloader_num_workers
+        self._ahead = Ahead(self._packing, workers, workers * config.dataloader_prefetch_factor)
 
     def passes(self, step: int) -> list[Pass]:
+        return self._ahead.get(step)
+
+    def _packing(self, step: int) -> Callable[[], list[Pass]]:
         rank, world = distributed.rank(), distributed.world_size()
         chosen = [self._examples[i] for i in self._sampler.indices(step, rank, world)]
-        return list(collated(chosen, self._per_pass, self._collate, self._device))
+        return partial(collated, chosen, self._per_pass, self._collate, self._device)
 
     def metrics(self) -> dict[str, Metric]:
         return {}
@@ -55,6 +62,9 @@ class BatchSource:
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """The step number says it all."""
+
+    def close(self) -> None:
+        self._ahead.close()
 
 
 def collated(

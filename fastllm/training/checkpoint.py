@@ -193,7 +193,8 @@ def clean_stale(run_dir: str | Path) -> None:
 def _write_part(
     folder: Path, name: str, tensors: Mapping[str, Tensor], state: Mapping[str, Any]
 ) -> None:
-    tensor_files.write_file(folder / _PARTS / f"{name}.safetensors", tensors)
+    # The manifest brings it to the disk, and sums it up in the meantime.
+    tensor_files.write_file(folder / _PARTS / f"{name}.safetensors", tensors, durable=False)
     write_json(folder / _PARTS / f"{name}.json", dict(state))
 
 

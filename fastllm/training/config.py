@@ -58,6 +58,10 @@ class TrainingConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     seed: int = 42
+    dataloader_num_workers: int = 1
+    """Threads (in TRL: processes) that pack coming batches while a step is computed; 0: none."""
+    dataloader_prefetch_factor: int = 2
+    """Steps that each of these threads is ahead."""
     logging_steps: int = 10
     disable_tqdm: bool = False
     """No progress bar on a terminal: plain lines, as elsewhere."""
@@ -84,11 +88,16 @@ class TrainingConfig:
             "per_device_train_batch_size",
             "per_device_eval_batch_size",
             "gradient_accumulation_steps",
+            "dataloader_prefetch_factor",
             "logging_steps",
             "save_steps",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+        if self.dataloader_num_workers < 0:
+            raise ValueError(
+                f"dataloader_num_workers must be at least 0, found {self.dataloader_num_workers}"
+            )
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(f"max_steps must be positive or -1, found {self.max_steps}")
         if not 0 <= self.eval_fraction < 1:

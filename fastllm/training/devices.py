@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+import os
+
 import torch
 
+from ..ops import cpp
 from . import distributed
 from .config import TrainingConfig
+
+_log = logging.getLogger("fastllm")
 
 
 def pick_device(config: TrainingConfig) -> torch.device:
@@ -25,6 +31,18 @@ def pick_device(config: TrainingConfig) -> torch.device:
     if not available.get(device.type, True):
         raise ValueError(f"device {config.device!r} was requested, but this machine has none")
     return device
+
+
+def keep_memory(device: torch.device) -> None:
+    """On the CPU, let the process keep the memory of one step for the next one.
+
+    FASTLLM_KEEP_MEMORY=0 leaves the allocator alone: for programs that train and then need the
+    memory for something else.
+    """
+    if device.type != "cpu" or os.environ.get("FASTLLM_KEEP_MEMORY") == "0":
+        return
+    if cpp.keep_memory():
+        _log.info("freed memory is kept for the next step (FASTLLM_KEEP_MEMORY=0: give it back)")
 
 
 def pick_dtype(config: TrainingConfig, device: torch.device) -> torch.dtype:

@@ -83,6 +83,13 @@ def all_reduce_sum(value: Value) -> Value:
     return _reduce(value, dist.ReduceOp.SUM)
 
 
+def sums(*values: float) -> list[float]:
+    """Sum each value over all processes, in fp64 and in one message."""
+    if world_size() == 1:
+        return list(values)
+    return all_reduce_sum(torch.tensor(values, dtype=torch.float64)).tolist()
+
+
 def all_reduce_max(value: Value) -> Value:
     """Largest value over all processes, as the type that came in."""
     return _reduce(value, dist.ReduceOp.MAX)

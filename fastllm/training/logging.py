@@ -7,7 +7,9 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
@@ -18,12 +20,15 @@ from ..model.files import replacing
 METRICS = "metrics.jsonl"
 _LOGGER = "fastllm"
 _SINKS = ("none", "tensorboard")
+_REFRESH = 0.1
+"""Seconds between two states of a progress bar; steps may be much shorter."""
 
 
 class MetricsLog:
     """Metrics of a run: `metrics.jsonl`, one JSON object a line, and TensorBoard when asked.
 
-    A number that JSON does not have (NaN, infinity) is written as null.
+    A thread writes them, line after line, so that a slow disk does not hold up training; `flush`
+    and `close` wait for it. A number that JSON does not have (NaN, infinity) is written as null.
 
     Args:
         run_dir: the run folder.
@@ -54,9 +59,29 @@ class MetricsLog:
             purge = None if resumed_step is None else resumed_step + 1
             writer = import_module("torch.utils.tensorboard").SummaryWriter
             self._board = writer(str(self.path.parent / "tensorboard"), purge_step=purge)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="fastllm-metrics")
+        self._unwritten: deque[Future[None]] = deque()
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Write {"step": step, **metrics} at once."""
+        """Have {"step": step, **metrics} written as soon as the lines before it are.
+
+        Raises:
+            OSError: an earlier line could not be written.
+        """
+        while self._unwritten and self._unwritten[0].done():
+            self._unwritten.popleft().result()
+        self._unwritten.append(self._thread.submit(self._write, step, dict(metrics)))
+
+    def flush(self) -> None:
+        """Return once every line is in the file.
+
+        Raises:
+            OSError: a line could not be written.
+        """
+        while self._unwritten:
+            self._unwritten.popleft().result()
+
+    def _write(self, step: int, metrics: dict[str, Any]) -> None:
         line = json.dumps(_finite({"step": step, **metrics}), allow_nan=False)
         self._file.write(line + "\n")
         self._file.flush()
@@ -67,9 +92,18 @@ class MetricsLog:
             self._board.flush()
 
     def close(self) -> None:
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+        """Write what is left and end the thread.
+
+        Raises:
+            OSError: a line could not be written.
+        """
+        try:
+            self.flush()
+        finally:
+            self._thread.shutdown()
+            self._file.close()
+            if self._board is not None:
+                self._board.close()
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -133,7 +167,7 @@ def _finite(value: Any) -> Any:
 class _Display(Protocol):
     """Where progress is shown."""
 
-    def show(self, step: int, text: str, log: bool) -> None: ...
+    def show(self, step: int, text: Callable[[int], str], log: bool) -> None: ...
 
     def close(self) -> None: ...
 
@@ -170,7 +204,7 @@ class Progress:
         self._tokens += tokens
         self._shown |= metrics
         if self._display is not None:
-            self._display.show(step, self._text(step), log=bool(metrics))
+            self._display.show(step, self._text, log=bool(metrics))
 
     @property
     def tokens_per_second(self) -> float:
@@ -221,12 +255,22 @@ class _Bar:
             console=console,
         )
         self._task = self._progress.add_task(description, total=total, completed=start, text="")
+        self._last: tuple[int, Callable[[int], str]] | None = None
+        self._shown = 0.0
         self._progress.start()
 
-    def show(self, step: int, text: str, log: bool) -> None:
-        self._progress.update(self._task, completed=step, text=text)
+    def show(self, step: int, text: Callable[[int], str], log: bool) -> None:
+        self._last = step, text
+        if log or time.monotonic() - self._shown > _REFRESH:
+            self._update(step, text)
+
+    def _update(self, step: int, text: Callable[[int], str]) -> None:
+        self._progress.update(self._task, completed=step, text=text(step))
+        self._shown = time.monotonic()
 
     def close(self) -> None:
+        if self._last is not None:
+            self._update(*self._last)
         self._progress.stop()
 
 
@@ -236,9 +280,10 @@ class _Lines:
     def __init__(self, description: str, total: int) -> None:
         self._head, self._total = f"{description} " if description else "", total
 
-    def show(self, step: int, text: str, log: bool) -> None:
+    def show(self, step: int, text: Callable[[int], str], log: bool) -> None:
         if log:
-            print(f"{self._head}step {step}/{self._total}  {text}", file=sys.stderr, flush=True)
+            line = f"{self._head}step {step}/{self._total}  {text(step)}"
+            print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         pass

@@ -6,21 +6,23 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, distributed, snapshot
-from .averages import Averages, Metric
+from . import checkpoint, distributed, snapshot, termination
+from .averages import Averages, Metric, on_host
 from .callbacks import Callbacks, TrainerControl, TrainerState
 from .config import TrainingConfig
+from .devices import keep_memory
 from .logging import MetricsLog, Progress
 from .optimizer import Optimizer
 from .schedule import learning_rate
+from .termination import Terminated
 
 _log = logging.getLogger("fastllm")
 
@@ -57,6 +59,9 @@ class Source(Protocol):
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Continue from `state`."""
+
+    def close(self) -> None:
+        """Training is over; what ran beside it ends."""
 
 
 # (model, batch) -> (sum of the loss over the batch, metrics)
@@ -110,7 +115,9 @@ def fit(
 
     Raises:
         NumericError: a loss or gradient is not finite. Nothing is saved then.
+        Terminated: the process got SIGTERM; a checkpoint is saved where the config saves any.
     """
+    keep_memory(next(model.parameters()).device)
     loop = _Loop(model, source, loss_fn, config, hooks, peak_learning_rate, scale_loss)
     if resume_from is not None:
         loop.restore(resume_from)
@@ -137,7 +144,7 @@ class _Loop:
         self.state.is_world_process_zero = distributed.is_main()
         self.loss_sum, self.started = 0.0, time.perf_counter()
         self.window_tokens, self.window_start = 0, self.started
-        self.resumed = False
+        self.resumed = self.terminated = False
         self.done: dict[str, int] = {}  # the step after which each of these was last done
         self.duties = {"log": self._log_line, "eval": self.evaluate, "save": self.save}
         self.device = next(model.parameters()).device
@@ -145,7 +152,12 @@ class _Loop:
     def run(self) -> TrainOutput:
         first = self.state.global_step
         self._call("on_train_begin")
-        with self._open_log(first) as self.metrics_log, self._open_progress(first) as self.progress:
+        with (
+            closing(self.source),
+            termination.watching() as self.request,
+            self._open_log(first) as self.metrics_log,
+            self._open_progress(first) as self.progress,
+        ):
             while not self._ended:
                 self._step()
                 self._after_step()
@@ -153,12 +165,28 @@ class _Loop:
                 self.control.should_evaluate = self.control.should_save = False
             self._after_step()  # in case a callback asked to stop as the last thing
         self._call("on_train_end")
+        if self.terminated:
+            self._leave()
         return self._output(first)
 
     @property
     def _ended(self) -> bool:
         steps_left = self.state.global_step < self.state.max_steps
-        return self.control.should_training_stop or not steps_left
+        return self.control.should_training_stop or self.terminated or not steps_left
+
+    @property
+    def _finished(self) -> bool:
+        """Ended on its own account, not to be resumed: time for the last line and evaluation."""
+        return self._ended and not self.terminated
+
+    def _leave(self) -> NoReturn:
+        step = self.state.global_step
+        saved = "nothing was saved (save_strategy is no)"
+        if self.config.save_strategy != "no":
+            saved = f"resume from {Path(self.config.output_dir) / f'checkpoint-{step}'}"
+        message = f"ended by SIGTERM after step {step} of {self.state.max_steps}; {saved}"
+        _log.warning(message)
+        raise Terminated(message)
 
     def _open_log(self, first: int) -> AbstractContextManager[MetricsLog | None]:
         """The main process writes metrics.jsonl; the others have none."""
@@ -182,7 +210,8 @@ class _Loop:
         passes = self.source.passes(step)
         normaliser = distributed.all_reduce_sum(float(sum(p.weight for p in passes)))
         step_loss = torch.zeros((), device=self.device)
-        self.model.train()
+        if not self.model.training:
+            self.model.train()
         for one in passes:
             loss, metrics = self.loss_fn(self.model, one.batch)
             # Dividing by the global count before summing makes the gradient that of the mean
@@ -193,18 +222,20 @@ class _Loop:
             self.averages.add(metrics)
         rate = learning_rate(self.config, self.peak, step, self.state.max_steps)
         step_loss = distributed.all_reduce_sum(step_loss)
-        norm, loss_value = float(self.optimizer.step(rate, step_loss)), float(step_loss)
+        norm, loss_value = on_host([self.optimizer.step(rate, step_loss), step_loss])
         self._check_finite(step, loss_value, norm)
         self.averages.add(self.source.metrics())
         self.averages.add({"loss": (loss_value, 1)})
         if math.isfinite(norm):
             self.averages.add({"grad_norm": (norm, 1)})
         self.loss_sum += loss_value
-        tokens = int(distributed.all_reduce_sum(sum(p.tokens for p in passes)))
+        read = sum(p.tokens for p in passes)
+        tokens, requests = map(int, distributed.sums(read, self.request.made))
         self.state.num_input_tokens_seen += tokens
         self.window_tokens += tokens
         self.rate = rate
         self.state.global_step += 1
+        self.terminated = requests > 0 and self.state.global_step < self.state.max_steps
         self.state.epoch = self.state.global_step / self.source.steps_per_epoch
         if self.progress is not None:
             self.progress.update(self.state.global_step, tokens)
@@ -237,11 +268,11 @@ class _Loop:
     def _due(self, duty: str) -> bool:
         control, config, step = self.control, self.config, self.state.global_step
         if duty == "log":
-            return control.should_log or self._ended or step % config.logging_steps == 0
+            return control.should_log or self._finished or step % config.logging_steps == 0
         if duty == "eval":
             if self.hooks.evaluate is None:
                 return False
-            asked = control.should_evaluate or self._ended
+            asked = control.should_evaluate or self._finished
             strategy, every = config.eval_strategy, config.eval_steps or config.logging_steps
         else:
             asked = control.should_save or (self._ended and config.save_strategy != "no")
@@ -282,6 +313,8 @@ class _Loop:
 
     def save(self) -> None:
         """Commit `checkpoint-N` with everything that resuming needs."""
+        if self.metrics_log is not None:
+            self.metrics_log.flush()
         source_tensors, source_state = self.source.state()
         own_tensors = {f"source.{name}": t for name, t in source_tensors.items()}
         named = self.optimizer.named_parameters

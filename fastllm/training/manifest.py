@@ -1,19 +1,29 @@
-"""The seal of a checkpoint: every file in it, with its size and checksum."""
+"""The seal of a checkpoint: every file in it, with its size and checksums.
+
+A file has a CRC-32 for each 64 MiB of it. They are there against accidents, and cost next to
+nothing beside the writing: five times faster than BLAKE2b, and blocks of one file are summed side
+by side. Checkpoints of schema 1 have one BLAKE2b for each file and are still read.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
+import zlib
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..model.files import read_json_object, sync, write_json
 
 MANIFEST = "manifest.json"
-SCHEMA = 1
-_BLOCK = 1 << 20
+SCHEMA = 2
+_READABLE = (1, SCHEMA)
+_BLOCK = 64 << 20
+_READ = 1 << 20
+_THREADS = 8
 
 
 class CheckpointError(ValueError):
@@ -21,13 +31,12 @@ class CheckpointError(ValueError):
 
 
 def write_manifest(folder: Path, step: int, world_size: int) -> None:
-    """Bring every file of `folder` to the disk and write its manifest.
-
-    The checksum is BLAKE2b of 128 bits: from the standard library, and fast on any CPU.
-    """
+    """Bring every file of `folder` to the disk and write its manifest."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        sums = list(pool.map(_seal, files))
+    with ThreadPoolExecutor(_THREADS) as pool:
+        synced = pool.map(sync, files)
+        sums = [_checksums(pool, path) for path in files]  # while the disk is busy
+        list(synced)
     content: dict[str, Any] = {
         "schema": SCHEMA,
         "step": step,
@@ -36,7 +45,7 @@ def write_manifest(folder: Path, step: int, world_size: int) -> None:
             {
                 "name": path.relative_to(folder).as_posix(),
                 "bytes": path.stat().st_size,
-                "blake2b": s,
+                "crc32": s,
             }
             for path, s in zip(files, sums, strict=True)
         ],
@@ -51,15 +60,24 @@ def verify(folder: Path) -> None:
         CheckpointError: with the file and what is wrong with it.
     """
     entries = _entries(folder)
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        wrong = list(pool.map(lambda entry: _fault(folder, entry, read=True), entries))
-    _raise_first(folder, wrong)
+    _raise_first(folder, (_fault(folder, entry) for entry in entries))
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for entry in entries:
+            path = folder / entry["name"]
+            if "crc32" in entry:
+                whole = _checksums(pool, path) == entry["crc32"]
+            else:  # schema 1
+                whole = _blake2b(path) == entry["blake2b"]
+            if not whole:
+                raise CheckpointError(
+                    f"{folder}: {entry['name']} is damaged, its checksum does not fit"
+                )
 
 
 def looks_whole(folder: Path) -> bool:
     """Whether the manifest is there and every file has its size; reads no tensors."""
     try:
-        _raise_first(folder, [_fault(folder, entry, read=False) for entry in _entries(folder)])
+        _raise_first(folder, (_fault(folder, entry) for entry in _entries(folder)))
     except CheckpointError:
         return False
     return True
@@ -70,15 +88,27 @@ def total_bytes(folder: Path) -> int:
     return sum(entry["bytes"] for entry in _entries(folder))
 
 
-def _seal(path: Path) -> str:
-    sync(path)
-    return _checksum(path)
+def _checksums(pool: ThreadPoolExecutor, path: Path) -> list[str]:
+    """The checksum of each block of a file; every block is a piece of work of its own."""
+    starts = range(0, path.stat().st_size, _BLOCK)
+    return list(pool.map(partial(_crc32, path), starts))
 
 
-def _checksum(path: Path) -> str:
+def _crc32(path: Path, start: int) -> str:
+    value, buffer = 0, memoryview(bytearray(_READ))
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        while (here := file.tell() - start) < _BLOCK and (
+            size := file.readinto(buffer[: _BLOCK - here])
+        ):
+            value = zlib.crc32(buffer[:size], value)
+    return f"{value:08x}"
+
+
+def _blake2b(path: Path) -> str:
     digest = hashlib.blake2b(digest_size=16)
     with path.open("rb", buffering=0) as file:
-        while block := file.read(_BLOCK):
+        while block := file.read(_READ):
             digest.update(block)
     return digest.hexdigest()
 
@@ -98,8 +128,9 @@ def _entries(folder: Path) -> list[dict[str, Any]]:
         raise CheckpointError(str(error)) from error
     if content.pop("blake2b", None) != _sum_of_json(content):
         raise CheckpointError(f"{path}: damaged, its checksum does not fit")
-    if content["schema"] != SCHEMA:
-        raise CheckpointError(f"{path}: schema {content['schema']}, expected {SCHEMA}")
+    if content["schema"] not in _READABLE:
+        known = " or ".join(map(str, _READABLE))
+        raise CheckpointError(f"{path}: schema {content['schema']}, expected {known}")
     if folder.name != f"checkpoint-{content['step']}" and not folder.name.startswith(".tmp-"):
         raise CheckpointError(f"{path}: it is the manifest of step {content['step']}")
     for entry in content["files"]:
@@ -109,19 +140,18 @@ def _entries(folder: Path) -> list[dict[str, Any]]:
     return content["files"]
 
 
-def _fault(folder: Path, entry: dict[str, Any], read: bool) -> str | None:
+def _fault(folder: Path, entry: dict[str, Any]) -> str | None:
+    """What is wrong with a file, without reading it."""
     path = folder / entry["name"]
     if not path.is_file():
         return f"{entry['name']} is missing"
     size = path.stat().st_size
     if size != entry["bytes"]:
         return f"{entry['name']} has {size:,} bytes, expected {entry['bytes']:,}"
-    if read and _checksum(path) != entry["blake2b"]:
-        return f"{entry['name']} is damaged, its checksum does not fit"
     return None
 
 
-def _raise_first(folder: Path, faults: list[str | None]) -> None:
+def _raise_first(folder: Path, faults: Iterable[str | None]) -> None:
     for fault in faults:
         if fault is not None:
             raise CheckpointError(f"{folder}: {fault}")

@@ -2,11 +2,55 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from ..ops import cpp
 from . import distributed
 from .config import TrainingConfig
+
+
+class ScaledAdamW(torch.optim.AdamW):
+    """torch.optim.AdamW, and a step that multiplies the gradients by a factor on the way.
+
+    Clipping is then no pass over memory of its own. The state is that of the base class.
+    """
+
+    @torch.no_grad()
+    def step_scaled(self, scale: float) -> None:
+        """One step from `scale` times the gradients, with the C++ kernel."""
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:
+                continue
+            states = [self._state_of(p) for p in parameters]
+            cpp.optimizer.adamw_(
+                parameters,
+                [_contiguous(p.grad) for p in parameters],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [state["step"] for state in states],
+                scale,
+                group["lr"],
+                *group["betas"],
+                group["eps"],
+                group["weight_decay"],
+            )
+
+    def _state_of(self, parameter: Tensor) -> dict[str, Any]:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        return state
+
+
+def _contiguous(gradient: Tensor | None) -> Tensor:
+    assert gradient is not None
+    return gradient.contiguous()
 
 
 class Optimizer:
@@ -27,7 +71,7 @@ class Optimizer:
         # Norms and biases are one-dimensional; decaying them only hurts.
         decayed = [p for p in self._parameters if p.dim() > 1]
         others = [p for p in self._parameters if p.dim() <= 1]
-        self.adamw = torch.optim.AdamW(
+        self.adamw = ScaledAdamW(
             [
                 {"params": decayed, "weight_decay": config.weight_decay},
                 {"params": others, "weight_decay": 0.0},
@@ -37,7 +81,9 @@ class Optimizer:
             fused=device in ("cpu", "cuda"),
         )
         self.scaler = torch.amp.GradScaler(device, enabled=scale_loss)
-        self._max_norm = config.max_grad_norm
+        self._max_norm = config.max_grad_norm if config.max_grad_norm > 0 else float("inf")
+        # Without C++ kernels, and where a parameter has gaps, PyTorch clips and steps.
+        self._in_one_pass = cpp.available() and all(map(_plain, self._parameters))
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of one pass."""
@@ -57,14 +103,25 @@ class Optimizer:
         # Summed before they are unscaled, so that every rank finds the same overflow.
         distributed.all_reduce_sum_(self._gradients())
         self.scaler.unscale_(self.adamw)
-        limit = self._max_norm if self._max_norm > 0 else float("inf")
-        norm = nn.utils.clip_grad_norm_(self._parameters, limit)
         for group in self.adamw.param_groups:
             group["lr"] = learning_rate
-        if torch.isfinite(norm) & torch.isfinite(loss):
-            self.scaler.step(self.adamw)
+        norm = self._step_in_one_pass(loss) if self._in_one_pass else self._step_of_torch(loss)
         self.scaler.update()
         self.adamw.zero_grad(set_to_none=True)
+        return norm
+
+    def _step_of_torch(self, loss: Tensor) -> Tensor:
+        norm = nn.utils.clip_grad_norm_(self._parameters, self._max_norm)
+        if torch.isfinite(norm) & torch.isfinite(loss):
+            self.scaler.step(self.adamw)
+        return norm
+
+    def _step_in_one_pass(self, loss: Tensor) -> Tensor:
+        gradients = [_contiguous(p.grad) for p in self._parameters if p.grad is not None]
+        norm = cpp.optimizer.gradient_norm(gradients).float() if gradients else torch.zeros(())
+        if torch.isfinite(norm) & torch.isfinite(loss):
+            # As in torch.nn.utils.clip_grad_norm_.
+            self.adamw.step_scaled(min(1.0, self._max_norm / (float(norm) + 1e-6)))
         return norm
 
     def _gradients(self) -> list[Tensor]:
@@ -74,3 +131,8 @@ class Optimizer:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
         return [p.grad for p in self._parameters if p.grad is not None]
+
+
+def _plain(parameter: Tensor) -> bool:
+    on_cpu = parameter.device.type == "cpu"
+    return on_cpu and parameter.dtype == torch.float32 and parameter.is_contiguous()

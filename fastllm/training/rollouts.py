@@ -116,6 +116,9 @@ class RolloutSource:
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         self._samples = [Sample(**s) for s in state["samples"]]
 
+    def close(self) -> None:
+        """Nothing runs beside the step: a rollout needs the weights that the step leaves."""
+
     # -- rollouts ------------------------------------------------------------------------------
 
     def _roll_out(self, rollout: int) -> list[Sample]:

@@ -137,14 +137,14 @@ class SFTTrainer(Trainer):
 
     def loss(self, model: Any, batch: TokenBatch) -> tuple[Tensor, dict[str, Metric]]:
         hidden = model.hidden(batch.input_ids, batch.layout, batch.rows)
-        logp, entropy = ops.linear_logprob(
-            hidden[batch.source], model.lm_head.weight, batch.targets, entropy=True
+        loss, _, entropy = ops.linear_cross_entropy(
+            hidden[batch.source], model.lm_head.weight, batch.targets
         )
         count = batch.targets.numel()
-        metrics: dict[str, Metric] = {"entropy": (entropy.detach().sum(), count)}
+        metrics: dict[str, Metric] = {"entropy": (entropy.sum(), count)}
         if not torch.is_grad_enabled():
             metrics["mean_token_accuracy"] = (_correct(model, hidden, batch), count)
-        return -logp.sum(), metrics
+        return loss, metrics
 
     def evaluation_passes(self) -> list[Pass] | None:
         if self._held is not None and self._held_passes is None:

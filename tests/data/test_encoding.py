@@ -74,7 +74,7 @@ def test_what_carries_loss(byte_tokenizer, record, options, text, loss):
 
 def test_messages_without_options_carry_loss_everywhere(byte_tokenizer):
     (sequence,) = sft([{"messages": USER + REPLY}], byte_tokenizer)
-    assert sequence.loss_mask == [False] + [True] * (len(sequence.input_ids) - 1)
+    assert sequence.loss_mask.tolist() == [False] + [True] * (len(sequence.input_ids) - 1)
 
 
 @pytest.mark.parametrize("options", [{}, {"assistant_only_loss": True}])
@@ -85,19 +85,19 @@ def test_own_masks_of_tokenised_records_hold(byte_tokenizer, options):
         {"input_ids": [5, 6, 7]},
     ]
     sequences = sft(records, byte_tokenizer, **options)
-    assert [sequence.loss_mask for sequence in sequences] == [
+    assert [sequence.loss_mask.tolist() for sequence in sequences] == [
         [False, False, True],
         [False, True, False],
         [False, True, True],
     ]
-    assert all(sequence.input_ids == [5, 6, 7] for sequence in sequences)
+    assert all(sequence.input_ids.tolist() == [5, 6, 7] for sequence in sequences)
 
 
 def test_pad_that_is_eos_takes_nothing_from_the_loss(hf_folder):
     tokenizer = Tokenizer.from_pretrained(hf_folder(pad_token="</s>"))
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     (sequence,) = sft([("a", "b")], tokenizer)
-    assert sequence.input_ids.count(tokenizer.eos_token_id) == 1
+    assert sequence.input_ids.tolist().count(tokenizer.eos_token_id) == 1
     assert sequence.loss_mask[-1]
 
 
@@ -250,8 +250,8 @@ def test_generated_tokens_continue_the_sft_prompt(own_tokenizer):
         record = {"prompt": prompt, "completion": completion}
         (sequence,) = sft([record], own_tokenizer)
         (encoded,), _ = encode_prompts(prompt_records([record]), own_tokenizer)
-        start = sequence.loss_mask.index(True)
-        assert sequence.input_ids[:start] == encoded.input_ids
+        start = sequence.loss_mask.tolist().index(True)
+        assert sequence.input_ids[:start].tolist() == encoded.input_ids
 
 
 @pytest.fixture
@@ -298,9 +298,9 @@ def test_sft_ids_and_labels_are_those_of_trl(both_tokenizers, columns, assistant
         datasets.Dataset.from_list(columns), theirs, config, False, None, "train"
     )
     sequences = sft(columns, ours, max_length=40, assistant_only_loss=assistant_only)
-    assert [sequence.input_ids for sequence in sequences] == prepared["input_ids"][:]
+    assert [sequence.input_ids.tolist() for sequence in sequences] == prepared["input_ids"][:]
     for sequence, labels in zip(sequences, prepared["labels"], strict=True):
-        assert sequence.loss_mask[1:] == [label != -100 for label in labels[1:]]
+        assert sequence.loss_mask[1:].tolist() == [label != -100 for label in labels[1:]]
 
 
 @pytest.mark.parametrize(
@@ -327,8 +327,8 @@ def test_preference_ids_are_those_of_trl(both_tokenizers, columns, max_length):
         pairs, _ = encode_preferences(preference_records(columns), ours, max_length)
     except DataError:
         pairs = []
-    assert [pair.chosen for pair in pairs] == prepared["chosen_ids"][:]
-    assert [pair.rejected for pair in pairs] == prepared["rejected_ids"][:]
+    assert [pair.chosen.tolist() for pair in pairs] == prepared["chosen_ids"][:]
+    assert [pair.rejected.tolist() for pair in pairs] == prepared["rejected_ids"][:]
 
 
 def test_real_data(real_data):

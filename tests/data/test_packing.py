@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from fastllm.data.packing import (
     pack_sequences,
     scored_end,
 )
+from fastllm.layout import PackedLayout
 
 A, B, C = [1, 2, 3], [4], [5, 6]
 
@@ -153,3 +155,26 @@ def test_empty_batches_are_allowed():
     assert batch.input_ids.dtype == torch.int64 and batch.targets.numel() == 0
     assert pack_groups([], [], []).layout.total_tokens == 0
     assert pack_pairs([]).num_pairs == 0
+
+
+def test_arrays_and_lists_pack_alike():
+    sequences, masks = [A, B, C], [[True] * 3, [False], [True, True]]
+    arrays = [np.array(ids, dtype=np.int32) for ids in sequences]
+    flags = [np.array(mask) for mask in masks]
+    for of_lists, of_arrays in (
+        (pack_sequences(sequences, masks), pack_sequences(arrays, flags)),
+        (
+            pack_groups(sequences, [C, A], [0, 2]),
+            pack_groups(arrays, [arrays[2], arrays[0]], [0, 2]),
+        ),
+        (pack_pairs([(A, C)]), pack_pairs([(arrays[0], arrays[2])])),
+        (pack_completions([A], [C], 0)[0], pack_completions(arrays[:1], arrays[2:], 0)[0]),
+    ):
+        for name, value in vars(of_lists).items():
+            if isinstance(value, torch.Tensor):
+                other = getattr(of_arrays, name)
+                assert value.dtype == other.dtype == torch.int64 and torch.equal(value, other)
+            elif isinstance(value, PackedLayout):
+                other = getattr(of_arrays, name)
+                assert (value.lengths, value.prefix_of) == (other.lengths, other.prefix_of)
+    assert arrays[0].tolist() == A and flags[0].tolist() == masks[0]  # as they were

@@ -56,8 +56,8 @@ for dtype in (torch.bfloat16, torch.float16):
     wide = torch.randn(5000, dtype=torch.float64) * torch.logspace(-9, 6, 5000, dtype=torch.float64)
     x = wide.float()
     gate = torch.full_like(x, 100.0).to(dtype)
-    product = cpp.swiglu.forward(gate, x.to(dtype))
-    assert torch.equal(product, (gate.float() * x.to(dtype).float()).to(dtype)), dtype
+    product = cpp.swiglu.forward(gate[None], x[None].to(dtype))
+    assert torch.equal(product[0], (gate.float() * x.to(dtype).float()).to(dtype)), dtype
 
 compare(rms_norm, rms_norm_reference, torch.randn(5, 77), torch.randn(77))
 compare(swiglu, swiglu_reference, torch.randn(3, 1001) * 20, torch.randn(3, 1001))
@@ -121,8 +121,12 @@ def test_wrong_arguments_are_named():
         RuntimeError, match=r"rms_norm_forward: weight must be float32 \[8\], found"
     ):
         cpp.rms_norm.forward(x, torch.ones(7), 1e-6, None)
-    with pytest.raises(RuntimeError, match=r"swiglu_forward: up must be contiguous"):
+    with pytest.raises(RuntimeError, match=r"swiglu_forward: up must have rows whose elements lie"):
         cpp.swiglu.forward(torch.randn(4, 4), torch.randn(4, 4).t())
+    with pytest.raises(RuntimeError, match=r"swiglu_backward: dup must not overlap itself"):
+        cpp.swiglu.backward_into_(x, x, x, torch.empty(3, 8), torch.empty(1, 8).expand(3, 8))
+    with pytest.raises(RuntimeError, match=r"adamw_: square 1 must be .* with 8 elements"):
+        cpp.optimizer.adamw_(*([x, torch.ones(8)] for _ in range(3)), [x, x], [x, x], *[0.0] * 6)
     with pytest.raises(RuntimeError, match=r"must be float32, bfloat16 or float16, found float64"):
         cpp.swiglu.forward(x.double(), x.double())
     with pytest.raises(RuntimeError, match=r"targets must lie in 0..7, found 8 in row 1"):
@@ -161,8 +165,13 @@ def operators() -> list[tuple[str, tuple[object, ...]]]:
         ("rms_norm_backward", (x, None, x.clone(), weight, rstd, True)),
         ("rms_norm_backward", (x, x.clone(), x.clone(), weight, rstd, False)),
         ("rope_forward", (q, k, table, table.clone(), layout.positions, False)),
+        (
+            "rope_into_",
+            (q, k, table, table.clone(), layout.positions, True, q.clone(), k.clone()),
+        ),
         ("swiglu_forward", (x, x.clone())),
         ("swiglu_backward", (x, x.clone(), x.clone())),
+        ("swiglu_backward_into_", (x, x.clone(), x.clone(), x.clone(), x.clone())),
         ("attention_forward", (q, k, k.clone(), *packed, 0.3, 0)),
         (
             "attention_backward",
@@ -178,10 +187,19 @@ def operators() -> list[tuple[str, tuple[object, ...]]]:
             (logits, targets, rstd, per_row, per_row.clone(), per_row.clone(), 1.0, 0.0),
         ),
         ("pairwise_loss_forward", (per_row, per_row.clone(), None, 0.1)),
+        ("gradient_norm", ([x, weight],)),
+        (
+            "adamw_",
+            (
+                *([torch.rand(3), torch.rand(2, 5)] for _ in range(4)),
+                [torch.zeros(()), torch.ones(())],
+                *(0.5, 1e-3, 0.9, 0.99, 1e-8, 0.1),
+            ),
+        ),
     ]
 
 
-@pytest.mark.parametrize("case", range(13))
+@pytest.mark.parametrize("case", range(17))
 def test_operators_are_registered_right(case):
     name, arguments = operators()[case]
     operator = getattr(torch.ops.fastllm, name).default

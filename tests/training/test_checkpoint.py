@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
 import random
 import signal
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import pytest
 import torch
 
 from fastllm.model import tensors as tensor_files
-from fastllm.training import checkpoint
+from fastllm.training import checkpoint, manifest
 from fastllm.training.checkpoint import (
     CheckpointError,
     checkpoints,
@@ -77,7 +79,7 @@ def test_round_trip(tmp_path: Path) -> None:
 def test_the_manifest_names_every_file(tmp_path: Path) -> None:
     path = save(tmp_path, 3)
     manifest = json.loads((path / "manifest.json").read_text())
-    assert (manifest["schema"], manifest["step"], manifest["world_size"]) == (1, 3, 1)
+    assert (manifest["schema"], manifest["step"], manifest["world_size"]) == (2, 3, 1)
     sizes = {entry["name"]: entry["bytes"] for entry in manifest["files"]}
     files = [file for file in path.rglob("*") if file.is_file() and file.name != "manifest.json"]
     assert sizes == {file.relative_to(path).as_posix(): file.stat().st_size for file in files}
@@ -218,6 +220,46 @@ def test_every_bit_flip_is_found(tmp_path: Path) -> None:
     verify(path)
 
 
+@pytest.mark.parametrize("size", [1, 99, 100, 101, 300, 1234])
+def test_long_files_have_a_checksum_for_each_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    monkeypatch.setattr(manifest, "_BLOCK", 100)
+    monkeypatch.setattr(manifest, "_READ", 32)
+    folder, generator = tmp_path / "checkpoint-1", random.Random(size)
+    folder.mkdir()
+    content = generator.randbytes(size)
+    (folder / "file").write_bytes(content)
+    manifest.write_manifest(folder, step=1, world_size=1)
+    (entry,) = json.loads((folder / "manifest.json").read_text())["files"]
+    parts = [content[first : first + 100] for first in range(0, size, 100)]
+    assert entry["crc32"] == [f"{zlib.crc32(part):08x}" for part in parts]
+    for _ in range(20):
+        bit = generator.randrange(8 * size)
+        flip(folder / "file", bit)
+        with pytest.raises(CheckpointError, match="file is damaged"):
+            verify(folder)
+        flip(folder / "file", bit)
+    verify(folder)
+
+
+def test_checkpoints_of_schema_1_are_still_read(tmp_path: Path) -> None:
+    path = save(tmp_path, 5)
+    content = json.loads((path / "manifest.json").read_text())
+    del content["blake2b"]
+    content["schema"] = 1
+    for entry in content["files"]:
+        del entry["crc32"]
+        data = (path / entry["name"]).read_bytes()
+        entry["blake2b"] = hashlib.blake2b(data, digest_size=16).hexdigest()
+    content["blake2b"] = manifest._sum_of_json(content)
+    (path / "manifest.json").write_text(json.dumps(content))
+    assert latest_checkpoint(tmp_path) == path
+    flip(path / "model.safetensors", 1000)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
+        verify(path)
+
+
 def test_every_cut_and_every_lost_file_is_found(tmp_path: Path) -> None:
     path = save(tmp_path, 5)
     generator = random.Random(1)
@@ -265,8 +307,6 @@ def test_only_damaged_checkpoints(tmp_path: Path) -> None:
 
 
 def test_a_manifest_that_points_elsewhere(tmp_path: Path) -> None:
-    from fastllm.training import manifest
-
     path = save(tmp_path, 5)
     content = json.loads((path / "manifest.json").read_text())
     del content["blake2b"]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,9 +23,10 @@ from fastllm.training.logging import (
 )
 
 
-def test_a_line_at_once(tmp_path: Path) -> None:
+def test_a_line_does_not_wait_for_the_end(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "new/run")
     log.log(1, {"loss": 0.5, "name": "a"})
+    log.flush()
     lines = (tmp_path / "new/run/metrics.jsonl").read_text().splitlines()  # not closed yet
     assert [json.loads(line) for line in lines] == [{"step": 1, "loss": 0.5, "name": "a"}]
     log.close()
@@ -196,3 +200,55 @@ def test_messages_on_stderr(
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == "12 pairs dropped\nwarning: no kernel\n"
+
+
+def slowly(log: MetricsLog, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Lines wait at the disk until the event is set."""
+    disk, write = threading.Event(), log._write
+
+    def late(*line: Any) -> None:
+        assert disk.wait(10)
+        write(*line)
+
+    monkeypatch.setattr(log, "_write", late)
+    return disk
+
+
+def test_a_slow_disk_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with MetricsLog(tmp_path) as log:
+        disk = slowly(log, monkeypatch)
+        metrics = {"loss": 1.0}
+        for step in range(3):
+            log.log(step, metrics)
+        metrics["loss"] = 2.0  # the caller's own business again
+        assert read_metrics(tmp_path) == []
+        disk.set()
+    lines = read_metrics(tmp_path)
+    assert [(line["step"], line["loss"]) for line in lines] == [(0, 1.0), (1, 1.0), (2, 1.0)]
+    assert not [t for t in threading.enumerate() if t.name.startswith("fastllm-metrics")]
+
+
+def test_a_crash_loses_no_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RuntimeError, match="crash"), MetricsLog(tmp_path) as log:
+        disk = slowly(log, monkeypatch)
+        log.log(1, {"loss": 1.0})
+        disk.set()
+        raise RuntimeError("crash")
+    assert len(read_metrics(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("when", ["log", "flush", "close"])
+def test_a_disk_that_is_full_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    log = MetricsLog(tmp_path)
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(log, "_write", full)
+    log.log(1, {"loss": 1.0})
+    log._unwritten[0].exception(10)
+    with pytest.raises(OSError, match="No space left"):
+        log.log(2, {}) if when == "log" else getattr(log, when)()
+    log.close()

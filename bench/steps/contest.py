@@ -1,0 +1,242 @@
+"""A case: everybody's first results compared, then blocks of steps in turns."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import harness
+from ..options import Options
+from ..peers import environment
+from ..records import OURS as NAME
+from ..records import Record
+from . import workers
+from .job import Job
+from .material import NotHere
+from .workers import Contender, Failed, Worker
+
+# fastllm on PyTorch's own operations: what is compared with where there are no peers.
+DEFINITION = "fastllm's PyTorch definitions"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One piece of work and who does it."""
+
+    section: str
+    name: str
+    size: str
+    dtype: str
+    job: Callable[[Path], Job]
+    """Writes model and records into a folder."""
+    contenders: tuple[Contender, ...]
+    reference: str
+    """The contender whose results are taken for right."""
+    work: float
+    """Amount of `unit` in a step; with `per_token`, the tokens for which times are given."""
+    unit: str
+    per_token: bool = False
+    """Steps differ in length: divide each block by its tokens."""
+    tolerance: float = 1e-3
+    slack: float = 0.0
+    """Share of the compared results that may be farther off (tokens that were nearly even)."""
+    curve: bool = False
+    """The results are losses: say how they went."""
+    checked: int = 3
+    """Steps, one block each, whose results are compared; they warm up too."""
+    block_steps: int | None = None
+    """Steps of a block, where all contenders must see the same data in a block."""
+    rounds: int | None = None
+    gigabytes: float = 1.0
+    """Memory that a contender may take: no more of them are started than fit."""
+
+
+def run_all(cases: Iterable[Case], options: Options) -> Iterator[Record]:
+    """The cases that are asked for."""
+    if options.data is not None:
+        os.environ["FASTLLM_DATA"] = str(options.data)
+    for case in cases:
+        if case.dtype in options.dtypes and options.wants(f"{case.name} {case.size}"):
+            try:
+                if options.device != "cpu":
+                    raise NotHere("compared on the CPU only: --device cpu")
+                yield from run(case, options)
+            except NotHere as reason:
+                yield Record(case.section, case.name, case.size, case.dtype, NAME, note=str(reason))
+
+
+def run(case: Case, options: Options) -> Iterator[Record]:
+    """Measure a case; contenders that fail or disagree get a record without a figure."""
+    python = environment.python()
+    present = [c for c in case.contenders if c.module == workers.OURS or python is not None]
+    if not options.compile:
+        present = [c for c in present if not c.settings.get("compile")]
+    if options.quick:
+        present = [c for c in present if c.keep_memory]
+    if python is None:
+        note = f"no peers: {environment.COMMAND} sets them up"
+        yield Record(case.section, case.name, case.size, case.dtype, "peers", note=note)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        dataclasses.replace(case.job(folder), threads=options.threads).write(folder)
+        contest = Contest(case, folder, options, python or Path())
+        try:
+            yield from contest.run(present, _reference(case, present))
+        finally:
+            contest.close()
+
+
+class Contest:
+    """The contenders of a case, from their start to their end."""
+
+    def __init__(self, case: Case, folder: Path, options: Options, python: Path) -> None:
+        self._case, self._folder, self._options, self._python = case, folder, options, python
+        self._running: dict[str, Worker] = {}
+        self._excluded: dict[str, str] = {}
+        self._steps: dict[str, int] = {}
+
+    def run(self, present: Sequence[Contender], reference: Contender) -> Iterator[Record]:
+        """All parties, one after the other."""
+        self._start(reference)
+        if reference.name not in self._running:
+            note = f"no reference: {reference.name}: {self._excluded[reference.name]}"
+            yield from (self._without(c.name, note, self._case.size) for c in present)
+            return
+        expected = _results(self._running[reference.name])
+        parties = _parties(present, self._case.gigabytes)
+        for party in parties:
+            size = self._case.size
+            if len(parties) > 1:
+                size += ", beside " + ", ".join(c.name for c in party[1:])
+            for contender in party:
+                self._start(contender)
+                self._compare(contender, expected)
+            yield from self._measure([c.name for c in party], reference.name, size)
+            self.close()
+
+    def close(self) -> None:
+        """End what runs."""
+        for worker in self._running.values():
+            worker.kill()
+        self._running.clear()
+
+    def _start(self, contender: Contender) -> None:
+        """Start a contender, unless it runs, and take the steps that are compared."""
+        if contender.name in self._running:
+            return
+        tuned = contender.keep_memory and self._options.malloc == "tuned"
+        worker = Worker(
+            contender.command(self._folder, self._python),
+            contender.environment(self._options.threads, tuned),
+            self._folder / f"{contender.name}.log",
+        )
+        self._running[contender.name] = worker
+        try:
+            worker.wait_ready()
+            for _ in range(self._case.checked):
+                seconds = worker.block(1)["seconds"]
+        except Failed as failure:
+            self._exclude(contender.name, str(failure))
+            return
+        steps = round((0.5 if self._options.quick else 2.0) / seconds)
+        self._steps[contender.name] = self._case.block_steps or max(1, min(200, steps))
+
+    def _compare(self, contender: Contender, expected: list[float]) -> None:
+        """Let nobody go on whose results are not those of the reference."""
+        if contender.name not in self._running:
+            return
+        case, found = self._case, _results(self._running[contender.name])
+        tolerance = case.tolerance if contender.tolerance is None else contender.tolerance
+        differences = [abs(a - b) for a, b in zip(found, expected, strict=True)]
+        off = [d for d in differences if not d <= tolerance]
+        if len(off) > case.slack * len(differences):
+            self._exclude(
+                contender.name,
+                f"WRONG, not timed: {len(off)} of {len(differences)} results are off, by up to "
+                f"{max(off):.2g} (allowed: {tolerance:.2g})",
+            )
+
+    def _exclude(self, name: str, why: str) -> None:
+        self._excluded[name] = why
+        self._running.pop(name).kill()
+
+    def _measure(self, names: list[str], reference: str, size: str) -> Iterator[Record]:
+        case = self._case
+        timed = {name: self._running[name] for name in names if name in self._running}
+        yield from (
+            self._without(name, self._excluded[name], size) for name in names if name not in timed
+        )
+        try:
+            turns = harness.in_turns(
+                {name: functools.partial(self._block, name) for name in timed},
+                case.rounds or self._options.rounds,
+            )
+            curves = {name: worker.curve for name, worker in timed.items()}
+            peaks = {name: worker.end() for name, worker in timed.items()}
+        except Failed as failure:
+            yield from (self._without(name, f"not timed: {failure}", size) for name in timed)
+            return
+        compared = curves.get(reference) if case.block_steps else None
+        notes = {name: _about(curves[name], compared) for name in timed}
+        yield from turns.records(
+            case.section,
+            case.name,
+            size,
+            case.dtype,
+            work=case.work,
+            unit=case.unit,
+            peak_bytes=peaks,
+            note=notes if case.curve else "",
+        )
+
+    def _block(self, name: str) -> float:
+        """Seconds for `work` of one block."""
+        answer = self._running[name].block(self._steps[name])
+        if self._case.per_token:
+            return answer["seconds"] / answer["tokens"] * self._case.work
+        return answer["seconds"] / answer["steps"]
+
+    def _without(self, contender: str, note: str, size: str) -> Record:
+        case = self._case
+        return Record(case.section, case.name, size, case.dtype, contender, note=note)
+
+
+def _parties(present: Sequence[Contender], gigabytes: float) -> list[list[Contender]]:
+    """Contenders that run together: ourselves in each party, as many others as memory allows."""
+    ours, *others = present
+    beside = max(1, int(_free_gigabytes() * 0.9 / gigabytes) - 1)
+    parties = [[ours, *others[i : i + beside]] for i in range(0, len(others), beside)]
+    return parties or [[ours]]
+
+
+def _reference(case: Case, present: Sequence[Contender]) -> Contender:
+    """Who is right: a peer, or without peers our definitions in plain PyTorch."""
+    found = next((c for c in present if c.name == case.reference), None)
+    return found or dataclasses.replace(present[0], name=DEFINITION, backend="torch")
+
+
+def _results(worker: Worker) -> list[float]:
+    return [value for check in worker.checks for value in check]
+
+
+def _about(curve: list[float], reference: list[float] | None) -> str:
+    """The losses of a run in a few words; beside the reference's, where blocks are the same."""
+    text = f"loss {curve[0]:.4f} to {curve[-1]:.4f}"
+    if reference is None or reference is curve:
+        return text
+    pairs = list(zip(curve, reference, strict=True))
+    return f"{text}, {sum(abs(a - b) for a, b in pairs) / len(pairs):.4f} from the reference's"
+
+
+def _free_gigabytes() -> float:
+    info = Path("/proc/meminfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024 / 1e9
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9

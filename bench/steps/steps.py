@@ -1,0 +1,253 @@
+"""Whole training steps: SFT, reward models and GRPO, against TRL and a plain transformers loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from fastllm import Tokenizer
+
+from ..options import Options
+from ..records import Record
+from . import material
+from .contest import Case, run_all
+from .entrants import (
+    BFLOAT,
+    FLOAT,
+    ROUNDED,
+    fastllm,
+    fastllm_with_glibc,
+    loop,
+    trl,
+    trl_defaults,
+)
+from .job import Job
+from .workers import Contender
+
+NAME = "steps"
+
+PAIRS, LENGTH = 8, 256
+GROUPS, GROUP, NEW_TOKENS = 8, 8, 64
+
+# How far the mean rewards of two draws of 64 completions may be apart.
+SAMPLED = 0.05
+
+
+def run(options: Options) -> Iterator[Record]:
+    """All cases; in a hurry, only the reference configuration in fp32."""
+    yield from run_all([_reward_step()] if options.quick else _cases(), options)
+
+
+def _cases() -> list[Case]:
+    return [
+        _reward_step(),
+        _reward_step_bf16(),
+        _reward_real(),
+        _sft_step(FLOAT),
+        _sft_step(BFLOAT),
+        _sft_real(),
+        _grpo_step(with_model=False),
+        _grpo_step(with_model=True),
+    ]
+
+
+def _reward_step() -> Case:
+    """The reference configuration: full sequences that share nothing."""
+    return Case(
+        section=NAME,
+        name="RM step",
+        size=f"4 x 128, {PAIRS} pairs x {LENGTH}",
+        dtype=FLOAT,
+        job=_full_pairs,
+        contenders=(
+            fastllm(),
+            loop(),
+            trl(),
+            loop("transformers, compiled", compile=True),
+            trl("trl, compiled", compile=True),
+            trl_defaults(),
+            fastllm_with_glibc(),
+        ),
+        reference="transformers",
+        work=1,
+        unit="steps",
+        curve=True,
+    )
+
+
+def _reward_step_bf16() -> Case:
+    return Case(
+        section=NAME,
+        name="RM step",
+        size=f"4 x 128, {PAIRS} pairs x {LENGTH}",
+        dtype=BFLOAT,
+        job=_full_pairs,
+        contenders=(
+            fastllm(dtype=BFLOAT),
+            fastllm("fastllm, fp32"),
+            loop("transformers, autocast", "amp"),
+            loop("transformers, bf16 weights", "bf16"),
+            loop("transformers, autocast, compiled", "amp", compile=True),
+            loop("transformers, bf16 weights, compiled", "bf16", compile=True),
+            trl("trl, autocast", "amp"),
+        ),
+        reference="transformers, autocast",
+        work=1,
+        unit="steps",
+        curve=True,
+        tolerance=ROUNDED,
+    )
+
+
+def _reward_real() -> Case:
+    return Case(
+        section=NAME,
+        name="RM on hh-rlhf harmless",
+        size="4 x 128, BPE of 4,096, 8 pairs of up to 1,024",
+        dtype=FLOAT,
+        job=_real_pairs,
+        contenders=(fastllm(), trl(), trl_defaults()),
+        reference="trl",
+        work=PAIRS,
+        unit="pairs",
+        curve=True,
+        block_steps=5,
+    )
+
+
+def _sft_step(dtype: str) -> Case:
+    others: tuple[Contender, ...]
+    if dtype == FLOAT:
+        others = (
+            loop("transformers, compiled", compile=True),
+            trl(),
+            loop(),
+            trl_defaults(),
+            fastllm_with_glibc(),
+        )
+    else:
+        others = (
+            loop("transformers, autocast, compiled", "amp", compile=True),
+            loop("transformers, bf16 weights, compiled", "bf16", compile=True),
+            loop("transformers, autocast", "amp"),
+            trl("trl, autocast", "amp"),
+            fastllm("fastllm, fp32"),
+        )
+    return Case(
+        section=NAME,
+        name="SFT step",
+        size="12 x 768, 32,000 tokens, 4 x 512",
+        dtype=dtype,
+        job=_full_sequences,
+        contenders=(fastllm(dtype=dtype), *others),
+        reference="transformers" if dtype == FLOAT else "transformers, autocast",
+        work=4 * 512,
+        unit="tokens",
+        curve=True,
+        checked=2,
+        tolerance=1e-3 if dtype == FLOAT else 5 * ROUNDED,
+        rounds=3,
+        gigabytes=7.5,
+    )
+
+
+def _sft_real() -> Case:
+    return Case(
+        section=NAME,
+        name="SFT on gsm8k",
+        size="12 x 768, 32,000 tokens, block 512",
+        dtype=FLOAT,
+        job=_maths,
+        contenders=(
+            fastllm(),
+            trl("trl, padded"),
+            # Rows of 512 hold other problems than a padded batch: near ln(32,000), all of them.
+            replace(trl("trl, packed", packing=True, rows=4), tolerance=0.1),
+        ),
+        reference="trl, padded",
+        work=1000,
+        unit="tokens",
+        per_token=True,
+        curve=True,
+        checked=2,
+        block_steps=2,
+        rounds=3,
+        gigabytes=7.5,
+    )
+
+
+def _grpo_step(with_model: bool) -> Case:
+    return Case(
+        section=NAME,
+        name="GRPO step",
+        size=f"4 x 128, {GROUPS} x {GROUP} x {NEW_TOKENS}, "
+        + ("reward model" if with_model else "reward function"),
+        dtype=FLOAT,
+        job=_rollouts_for_a_model if with_model else _rollouts,
+        contenders=(
+            fastllm(),
+            trl(),
+            replace(trl_defaults(), tolerance=SAMPLED),
+            fastllm_with_glibc(),
+        ),
+        reference="trl",
+        work=1,
+        unit="steps",
+        # Compared: the mean reward of what is drawn before anything is learned, and its length.
+        tolerance=SAMPLED,
+        checked=1,
+    )
+
+
+def _full_pairs(folder: Path) -> Job:
+    model = material.reward_model(folder, material.SMALL, Tokenizer.bytes(), LENGTH)
+    records = material.pairs(64, LENGTH)
+    return material.training(records, PAIRS, kind="rm", model=model, max_length=LENGTH)
+
+
+def _real_pairs(folder: Path) -> Job:
+    tokenizer = material.bpe(material.PAIRS, 4096)
+    model = material.reward_model(folder, material.SMALL, tokenizer, 2048)
+    records = material.real_pairs(tokenizer, 1024)
+    return material.training(records, PAIRS, kind="rm", model=model)
+
+
+def _full_sequences(folder: Path) -> Job:
+    vocabulary = material.LARGE_VOCABULARY
+    model = material.language_model(
+        folder, material.LARGE, Tokenizer.bytes(), 512, vocab_size=vocabulary
+    )
+    records = [{"input_ids": ids} for ids in material.sequences(16, 512, vocabulary)]
+    return material.training(
+        records, 4, kind="sft", model=model, max_length=512, learning_rate=3e-4
+    )
+
+
+def _maths(folder: Path) -> Job:
+    vocabulary = material.LARGE_VOCABULARY
+    tokenizer = material.bpe(material.MATHS, vocabulary)
+    model = material.language_model(folder, material.LARGE, tokenizer, 512, vocab_size=vocabulary)
+    return material.training(
+        material.maths()[:2000], 8, kind="sft", model=model, max_length=512, learning_rate=3e-4
+    )
+
+
+def _rollouts(folder: Path) -> Job:
+    tokenizer = material.ascii_tokenizer(folder / "tokenizer")
+    # No EOS: completions of full length.
+    model = material.language_model(folder, material.SMALL, tokenizer, 1024, eos_token_id=None)
+    return Job(
+        kind="grpo",
+        model=model,
+        records=material.prompts(64, 32),
+        batch=GROUPS * GROUP,
+        group=GROUP,
+        new_tokens=NEW_TOKENS,
+    )
+
+
+def _rollouts_for_a_model(folder: Path) -> Job:
+    job, place = _rollouts(folder), folder / "reward"
+    tokenizer = Tokenizer.from_pretrained(job.model)
+    return replace(job, reward_model=material.reward_model(place, material.SMALL, tokenizer, 1024))

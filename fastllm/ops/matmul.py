@@ -1,0 +1,147 @@
+"""Matrix products, and the linear layer made of them.
+
+A GPU's are its vendor's, through PyTorch. On a CPU, the C++ product (csrc/matmul.cpp) serves where
+it is the faster one: `choice` has the rule, docs/decisions.md the measurements.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import backend, cpp
+
+# Below this, copying b into blocks costs more than the faster inner loop saves.
+_FEWEST_ROWS = 32
+
+
+def matmul(
+    a: Tensor,
+    b: Tensor,
+    out: Tensor | None = None,
+    add: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """a b, or out + a b; not differentiable. Sums are in fp32 (fp64 for fp64).
+
+    Args:
+        a: [M, K]. b: [K, N]. fp32, bf16 or fp16, not necessarily the same; any strides.
+        out: [M, N], contiguous rows, written in place.
+        add: add to `out` instead of replacing it.
+        dtype: of a new result; the wider dtype of a and b when None.
+
+    Returns:
+        `out`, or a new [M, N].
+
+    Raises:
+        ValueError: shapes that do not fit, or `add` without `out`.
+        RuntimeError: the C++ backend was requested and cannot serve.
+    """
+    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[0]:
+        raise ValueError(
+            f"matmul: expected a [M, K] and b [K, N], found {tuple(a.shape)} and {tuple(b.shape)}"
+        )
+    if out is None:
+        if add:
+            raise ValueError("matmul: add=True needs the tensor to add to (out)")
+        out = a.new_empty(
+            a.shape[0], b.shape[1], dtype=dtype or torch.promote_types(a.dtype, b.dtype)
+        )
+    if not _served_by_cpp(a, b, out.dtype):
+        return _torch_matmul(a, b, out, add)
+    if a.shape[1] == 0:
+        return out if add else out.zero_()
+    cpp.matmul.product_(_dense(a), _dense(b), out, add)
+    return out
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weight^T + bias.
+
+    Args:
+        x: [..., C]. weight: [O, C]. bias: [O]. All of one dtype.
+
+    Returns:
+        [..., O] in that dtype.
+
+    Raises:
+        RuntimeError: shapes or dtypes that do not fit.
+    """
+    if not _served_by_cpp(x, weight, x.dtype) or not x.numel():
+        return F.linear(x, weight, bias)
+    rows = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias)
+    return rows.view(*x.shape[:-1], weight.shape[0])
+
+
+def choice(dtype: torch.dtype) -> tuple[bool, str]:
+    """Whether the C++ product serves this dtype on the CPU, and why."""
+    if not cpp.available():
+        return False, cpp.reason()
+    if dtype not in backend.KERNEL_DTYPES:
+        return False, f"the C++ product takes float32, bfloat16 and float16, found {dtype}"
+    if dtype == torch.float32:
+        if cpp.isa().startswith("avx512"):
+            return True, "AVX-512: at least as fast as PyTorch's, twice as fast on AMD"
+        return False, "PyTorch's libraries know this processor"
+    if cpp.isa() == "baseline":
+        return False, "no vectors to speak of: PyTorch converts and multiplies"
+    if dtype == torch.bfloat16 and cpp.fast_bf16_dot():
+        return False, "the processor multiplies bf16 faster than fp32, and PyTorch knows how"
+    return True, "PyTorch's is slower than fp32 on this processor"
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        out = matmul(x, weight.t())
+        return out if bias is None else out.add_(bias)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        return (
+            matmul(dout, weight) if needs_x else None,
+            matmul(dout.t(), x) if needs_weight else None,
+            dout.sum(0) if needs_bias else None,
+        )
+
+
+def _served_by_cpp(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
+    if a.device.type != "cpu":
+        return False
+    requested = backend.requested()
+    if requested == "cpp":
+        return backend.kernels("matmul", a, b) is not None
+    if requested != "auto" or a.numel() < _FEWEST_ROWS * a.shape[-1]:
+        return False
+    return _wins(a.dtype, b.dtype, dtype)
+
+
+@cache
+def _wins(a: torch.dtype, b: torch.dtype, out: torch.dtype) -> bool:
+    if a == b == out:
+        return choice(a)[0]
+    # PyTorch would have to convert whole matrices first.
+    return choice(torch.float32)[0] and {a, b, out} <= set(backend.KERNEL_DTYPES)
+
+
+def _torch_matmul(a: Tensor, b: Tensor, out: Tensor, add: bool) -> Tensor:
+    if a.dtype == b.dtype == out.dtype:
+        return out.addmm_(a, b) if add else torch.mm(a, b, out=out)
+    if a.is_cuda and a.dtype == b.dtype and out.dtype == torch.float32:
+        product = torch.mm(a, b, out_dtype=torch.float32)
+    else:
+        wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), out.dtype)
+        product = torch.mm(a.to(wide), b.to(wide))
+    return out.add_(product) if add else out.copy_(product)
+
+
+def _dense(matrix: Tensor) -> Tensor:
+    """The matrix itself if its neighbours in memory are neighbours in a row or a column."""
+    return matrix if 1 in matrix.stride() else matrix.contiguous()
