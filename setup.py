@@ -46,7 +46,13 @@ X86_LEVELS = {
     "avx512": AVX512,
     "avx512_bf16": f"{AVX512} -mavx512bf16",
 }
-BINDINGS = ("bindings", "bindings_attention", "bindings_matmul", "bindings_optimizer")
+BINDINGS = (
+    "bindings",
+    "bindings_attention",
+    "bindings_decode_attention",
+    "bindings_matmul",
+    "bindings_optimizer",
+)
 
 # Not -ffast-math: with some compilers it makes the whole process flush subnormals to zero.
 CXXFLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra"

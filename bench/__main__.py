@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     allocator.settle(given.malloc, argv)
     options = _options(given)
     from . import machine, table
-    from .records import Document
+    from .records import OURS, Document
 
     facts = machine.describe(options)
     print(machine.line(facts))
@@ -40,14 +40,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         for path, write in _outputs(options, facts):
             write(document, path)
             print(f"wrote {path}")
-    return int(any(record.note.startswith("WRONG") for record in document.records))
+    ours = [record for record in document.records if record.contender == OURS]
+    return int(any(record.note.startswith("WRONG") for record in ours))
 
 
 def _records(options: Options) -> Iterator[Record]:
     from .sections import sections
 
-    for name, run in sections(options.sections):
-        print(f"\n== {name}", flush=True)
+    for run in sections(options.sections):
         yield from run(options)
 
 

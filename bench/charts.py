@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from . import svg, table
-from .records import OURS, Ratio, Record, groups, ours_in, ratio
+from .records import OTHER_WORK, OURS, Ratio, Record, groups, ours_in, ratio
 
 WIDTH = 960.0
 ROW = 24.0
@@ -78,10 +78,12 @@ def _speedup_row(
         name = kind(record.contender)
         if how_much is None:
             continue
-        hint = f"{record.contender}: {how_much}"
+        hint = f"{record.contender}: {how_much} {record.note}".strip()
         parts.append(svg.line(scale(how_much.low), y, scale(how_much.high), y, f"range {name}"))
         hollow = " hollow" if how_much.even else ""
         parts.append(svg.mark(scale(how_much.median), y, name + hollow, hint))
+        if record.note == OTHER_WORK:
+            continue
         if name not in closest or how_much.median < closest[name].median:
             closest[name] = how_much
     for index, name in enumerate(KINDS):

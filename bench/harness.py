@@ -25,6 +25,9 @@ Block = Callable[[], float]
 # Share of the processors that others may take during a round.
 QUIET = 0.04
 
+# What takes so long is warm after its check and one call more.
+WARM_UP_SECONDS = 1.0
+
 
 @dataclass(frozen=True)
 class Turns:
@@ -51,7 +54,9 @@ class Turns:
         (``peak_bytes={"fastllm": 1e6, "trl": 2e6}``).
         """
         for contender, rounds in self.rounds.items():
-            own = {k: v.get(contender) if isinstance(v, dict) else v for k, v in more.items()}
+            own: dict[str, Any] = {
+                k: v.get(contender) if isinstance(v, dict) else v for k, v in more.items()
+            }
             yield Record(
                 section,
                 name,
@@ -108,11 +113,13 @@ def repeated(
 ) -> Block:
     """A block that makes the same call often enough to last about `block_seconds`.
 
-    Calls it three times first, which warms it up.
+    Calls it up to three times first, which warms it up.
     """
     device = torch.device(device)
-    once = min(_timed(call, 1, device) for _ in range(3))
-    count = max(1, min(most, round(block_seconds / once)))
+    once = [_timed(call, 1, device)]
+    while len(once) < 3 and sum(once) < WARM_UP_SECONDS:
+        once.append(_timed(call, 1, device))
+    count = max(1, min(most, round(block_seconds / min(once))))
     return lambda: _timed(call, count, device) / count
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import resource
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -63,29 +62,21 @@ def forget_peak() -> bool:
     return True
 
 
-def peak_of_process() -> float:
-    """Bytes of memory resident at most since this process began."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 def _measure(op: str, label: str, dtype: str, name: str, device: str) -> float | None:
     import torch
 
-    from .cases import Contender, Problem, suite_of
+    from .cases import Problem, suite_of
 
     suite = suite_of(op)
-
-    def contender_of(problem: Problem) -> Contender:
-        return next(c for c in problem.contenders(name.startswith("compile")) if c.name == name)
-
     case = next(case for case in suite.cases if case.label == label)
-    on = torch.device(device)
-    problem = Problem(suite, case, on, getattr(torch, dtype))
-    contender = contender_of(problem)
-    # What the first call sets up for good (threads, compiled code, libraries) is not the op's.
+    problem = Problem(suite, case, torch.device(device), getattr(torch, dtype))
+    found = {c.name: c for c in problem.contenders(name.startswith("compile"))}
+    if name not in found:
+        raise ValueError(f"{op} {label}: expected one of {', '.join(found)}, found {name}")
+    contender = found[name]
     problem.right_outputs, problem.right_gradients = [], []
     with contender.ready():
+        # What the first call sets up for good (threads, compiled code, libraries) is not the op's.
         problem.forward_backward(contender)
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -106,5 +97,6 @@ def _size(tensors: Iterable[Tensor]) -> int:
 if __name__ == "__main__":
     import torch
 
-    torch.set_num_threads(int(sys.argv[5]))
-    print(json.dumps(_measure(*sys.argv[1:5], device=sys.argv[6])))
+    op, case, dtype, contender, threads, device = sys.argv[1:]
+    torch.set_num_threads(int(threads))
+    print(json.dumps(_measure(op, case, dtype, contender, device)))

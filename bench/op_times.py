@@ -11,11 +11,11 @@ from functools import partial
 
 import torch
 
-from . import imports, memory, roofline
+from . import imports, memory, optimizer_step, roofline
 from .cases import Case, Contender, Problem, Suite, Wrong, suite_of, suites
 from .harness import Block, in_turns, repeated
 from .options import Options
-from .records import Record
+from .records import OTHER_WORK, Record
 
 NAME = "ops"
 
@@ -23,15 +23,13 @@ BLOCK_SECONDS = 0.05
 
 
 def run(options: Options) -> Iterator[Record]:
-    """All ops, then clipping and what `import fastllm` costs."""
-    from . import clipping
-
+    """All ops, then the optimizer's step and what `import fastllm` costs."""
     for op in filter(options.wants, suites()):
         suite = suite_of(op)
         for case in suite.cases[: 1 if options.quick else None]:
             for dtype in options.dtypes:
                 yield from time_case(op, suite, case, getattr(torch, dtype), options)
-    for extra in (clipping, imports):
+    for extra in (optimizer_step, imports):
         if options.wants(extra.NAME):
             yield from extra.run(options)
 
@@ -57,7 +55,7 @@ def time_case(
             except Wrong as error:
                 yield what(contender.name, note=str(error))
                 continue
-            notes[contender.name] = "" if contender.same else "not the same result"
+            notes[contender.name] = "" if contender.same else OTHER_WORK
             blocks[contender.name] = _block(problem, contender, backward, options)
         turns = in_turns(blocks, options.rounds)
         yield from turns.records(

@@ -49,7 +49,7 @@ def _head(document: Document) -> str:
     dirty = ", with changes" if (facts.get("commit") or "").endswith("+") else ""
     disturbed = sum(record.disturbed for record in document.records)
     shown = [
-        f"<strong>{escape(str(facts.get('device')))}</strong>, {facts.get('threads')} threads",
+        f"<strong>{escape(str(facts.get('device')))}</strong>, threads: {facts.get('threads')}",
         f"commit {escape(commit)}{dirty}",
         f"PyTorch {escape(str(facts.get('versions', {}).get('torch')))}",
         f"allocator {escape(str(facts.get('allocator')))}",
@@ -57,10 +57,10 @@ def _head(document: Document) -> str:
     notes = [
         "Medians; contenders take turns, and whiskers go from the slowest round to the fastest. "
         "A ratio within 5 %, or where rounds disagree, is even and drawn hollow. "
-        "Nobody has a figure whose results failed the check against an fp64 reference."
+        "Nobody has a figure whose results failed their check."
     ]
     if disturbed:
-        notes.append(f"{disturbed} records, marked *, were disturbed by other processes.")
+        notes.append(f"Marked *: disturbed by other processes ({disturbed} records).")
     rows = "".join(
         f"<tr><th>{escape(key)}</th><td>{escape(_fact(value))}</td></tr>"
         for key, value in facts.items()

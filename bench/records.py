@@ -16,6 +16,9 @@ from typing import Any
 
 OURS = "fastllm"
 
+# The note of a contender that does other work than was asked, for comparison.
+OTHER_WORK = "not the same result"
+
 # Differences below this are never called a difference: two runs of one program differ by as much.
 CLAIM = 0.05
 

@@ -13,7 +13,6 @@ from typing import cast
 from .options import Options
 from .records import Record
 
-# Imported when asked for: a section may need what another does without.
 MODULES = (
     "bench.roofline",
     "bench.op_times",
@@ -27,11 +26,9 @@ MODULES = (
 Run = Callable[[Options], Iterator[Record]]
 
 
-def sections(names: tuple[str, ...]) -> Iterator[tuple[str, Run]]:
-    """Name and function of the sections asked for."""
+def sections(names: tuple[str, ...]) -> Iterator[Run]:
+    """The functions of the sections asked for."""
     for path in MODULES:
-        if path.rpartition(".")[2] not in names and path != "bench.op_times":
-            continue
         module = importlib.import_module(path)
         if module.NAME in names:
-            yield module.NAME, cast(Run, module.run)
+            yield cast(Run, module.run)

@@ -13,10 +13,14 @@ _AMOUNTS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 def as_they_come(records: Iterable[Record]) -> Iterator[Record]:
     """Pass records on, and print each group as soon as it is whole."""
     group: list[Record] = []
+    section = ""
     for record in records:
         if group and record.group != group[0].group:
             print(block(group), flush=True)
             group = []
+        if record.section != section:
+            section = record.section
+            print(f"\n== {section}", flush=True)
         group.append(record)
         yield record
     if group:

@@ -143,6 +143,19 @@ struct SwigluKernels {
 
 constexpr int kMaxHeadSize = 256;
 
+// Heads of rows [N, H, D] that are read in place: number i of a head is
+// data[row * row_stride + head * head_stride + i].
+struct HeadRows {
+  const void* data;
+  int64_t row_stride, head_stride;
+};
+
+// Heads of rows that are written.
+struct OutHeadRows {
+  void* data;
+  int64_t row_stride, head_stride;
+};
+
 // The packed, prefix-shared layout: see fastllm/layout.py.
 struct Layout {
   int64_t segments;                // S
@@ -165,11 +178,10 @@ struct AttentionTask {
 };
 
 struct AttentionForward {
-  const void* q;  // [N, H, D]
-  const void* k;  // [T, K, D]
-  const void* v;  // [T, K, D]
-  void* out;      // [N, H, D]
-  float* lse;     // [N, H]
+  HeadRows q;       // [N, H, D]
+  HeadRows k, v;    // [T, K, D]
+  OutHeadRows out;  // [N, H, D]
+  float* lse;       // [N, H]
   Layout layout;
   const AttentionTask* tasks;
   int64_t heads, key_heads, head_size;
@@ -177,24 +189,14 @@ struct AttentionForward {
   int64_t window;  // 0: none
 };
 
-struct AttentionDelta {
-  const void* dout;  // [N * H, D]
-  const void* out;   // [N * H, D]
-  float* delta;      // [N * H], the row sums of dout * out
-  int64_t head_size;
-};
-
 struct AttentionBackward {
-  const void* q;       // [N, H, D]
-  const void* k;       // [T, K, D]
-  const void* v;       // [T, K, D]
-  const void* dout;    // [N, H, D]
+  HeadRows q;          // [N, H, D]
+  HeadRows k, v;       // [T, K, D]
+  HeadRows dout, out;  // [N, H, D]
   const float* lse;    // [N, H]
-  const float* delta;  // [N, H]
-  float* dq_sum;       // [N, H, D] fp32, zero; the same memory as dq for fp32
-  void* dq;            // [N, H, D]
-  void* dk;            // [T, K, D]
-  void* dv;            // [T, K, D]
+  float* delta;        // [N, H], the sums of dout * out over a head; backward_keys reads them
+  OutHeadRows dq;      // [N, H, D]
+  OutHeadRows dk, dv;  // [T, K, D]
   Layout layout;
   const AttentionTask* tasks;
   int64_t heads, key_heads, head_size;
@@ -202,15 +204,18 @@ struct AttentionBackward {
   int64_t window;
 };
 
+// After the formats: bf16 multiplied in pairs. Null where there is no instruction for it; where
+// there is one it may be slow (processor.h).
+constexpr int kBFloat16Pairs = kFormats;
+
 struct AttentionKernels {
   int64_t query_rows_per_task, keys_per_task;
-  Kernel<AttentionForward> forward[kFormats];  // tasks: blocks of query rows
-  Kernel<AttentionDelta> delta[kFormats];      // rows of [N * H, D]
-  // All gradients at once; or, where there are fewer families than threads, in two parts that
-  // together cost 7/5 of that. The numbers are the same.
-  Kernel<AttentionBackward> backward[kFormats];          // tasks: families
-  Kernel<AttentionBackward> backward_keys[kFormats];     // tasks: blocks of keys; dk and dv
-  Kernel<AttentionBackward> backward_queries[kFormats];  // tasks: blocks of query rows; dq
+  Kernel<AttentionForward> forward[kFormats + 1];  // tasks: blocks of query rows
+  // All gradients at once; or, where families do not divide well over the threads, in two parts
+  // that together cost 7/5 of that, the queries first. The numbers are the same.
+  Kernel<AttentionBackward> backward[kFormats + 1];          // tasks: families
+  Kernel<AttentionBackward> backward_queries[kFormats + 1];  // tasks: blocks of query rows; dq
+  Kernel<AttentionBackward> backward_keys[kFormats + 1];     // tasks: blocks of keys; dk and dv
 };
 
 // ---- decode_attention -----------------------------------------------------------------------
@@ -223,16 +228,14 @@ struct DecodeTask {
 };
 
 struct DecodeAttentionForward {
-  const void* q;                 // [B, H, D]
-  const void* prefix_k;          // [Tp, K, D]
-  const void* prefix_v;          // [Tp, K, D]
+  HeadRows q;                    // [B, H, D]
+  HeadRows prefix_k, prefix_v;   // [Tp, K, D]
   const int32_t* prefix_starts;  // [G + 1]
   const int32_t* group;          // [B]
-  const void* tail_k;            // [R, M, K, D]
-  const void* tail_v;            // [R, M, K, D]
+  HeadRows tail_k, tail_v;       // [R * M, K, D]
   const int32_t* tail_rows;      // [B]
   const int32_t* tail_lengths;   // [B]
-  void* out;                     // [B, H, D]
+  OutHeadRows out;               // [B, H, D]
   const DecodeTask* tasks;
   int64_t heads, key_heads, head_size, tail_capacity;
   float scale;
@@ -240,8 +243,8 @@ struct DecodeAttentionForward {
 };
 
 struct DecodeAttentionKernels {
-  int64_t query_rows_per_task;                       // at most
-  Kernel<DecodeAttentionForward> forward[kFormats];  // tasks
+  int64_t query_rows_per_task;                           // at most
+  Kernel<DecodeAttentionForward> forward[kFormats + 1];  // tasks
 };
 
 // ---- linear_logprob: rows -------------------------------------------------------------------
@@ -343,5 +346,12 @@ FASTLLM_DECLARE_KERNELS(avx512_bf16)
 
 // The three instances of a kernel template, in the order of Format.
 #define FASTLLM_FORMATS(kernel) {kernel<float>, kernel<bf16>, kernel<fp16>}
+// The same with a last one that multiplies bf16 in pairs.
+#if defined(__AVX512BF16__)
+#define FASTLLM_FORMATS_AND_PAIRS(kernel) \
+  {kernel<float>, kernel<bf16>, kernel<fp16>, kernel<bf16, Pair>}
+#else
+#define FASTLLM_FORMATS_AND_PAIRS(kernel) {kernel<float>, kernel<bf16>, kernel<fp16>, nullptr}
+#endif
 
 }  // namespace fastllm

@@ -175,8 +175,24 @@ void prefetch_rows(float*, const Matmul& m, int64_t first, int64_t rows, int64_t
 
 // ---- Operands whose depth lies across memory ------------------------------------------------
 
+// A tile's words of one depth, of which `rows` exist. Whole vectors are written: masked stores are
+// slow on some processors, and what lies beyond the tile is never used.
+template <class Words>
+FASTLLM_INLINE void copy_tile(float* to, const typename Words::Number* from, int64_t stride,
+                              bool has_next, int rows) {
+#pragma GCC unroll 2
+  for (int r = 0; r < kColumnStride; r += kLanes) {
+    const int count = rows - r;
+    if (count >= kLanes) {
+      store(to + r, Words::across(from + r, stride, has_next, AllLanes{}));
+    } else if (count > 0) {
+      store(to + r, Words::across(from + r, stride, has_next, SomeLanes{count}));
+    }
+  }
+}
+
 // All tiles of a block of a that is stored by columns, each [kDepth][kColumnStride]. The memory is
-// read in its own order. What lies beyond a tile is never used.
+// read in its own order.
 template <class Words>
 void pack_columns(float* packed, const Matmul& m, int64_t first, int64_t rows, int64_t depth_begin,
                   int64_t depth) {
@@ -186,16 +202,11 @@ void pack_columns(float* packed, const Matmul& m, int64_t first, int64_t rows, i
     const bool has_next = number + 1 < depth;
     const auto* from = at<Words>(m.a, first, depth_begin + number);
     float* to = packed + d * kColumnStride;
-    for (int64_t i = 0; i < rows; i += kTileRows, to += kDepth * kColumnStride) {
-      const auto copy = [&](int64_t r, auto lanes) {
-        store(to + r, Words::across(from + i + r, stride, has_next, lanes), lanes);
-      };
-      if (i + kTileRows <= rows) {
-        for_each_vector(kTileRows, copy);
-      } else {
-        for_each_vector(rows - i, copy);
-      }
+    int64_t i = 0;
+    for (; i + kTileRows <= rows; i += kTileRows, to += kDepth * kColumnStride) {
+      copy_tile<Words>(to, from + i, stride, has_next, kTileRows);
     }
+    if (i < rows) copy_tile<Words>(to, from + i, stride, has_next, static_cast<int>(rows - i));
   }
 }
 

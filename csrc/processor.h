@@ -10,4 +10,7 @@ namespace fastllm {
 // read as bf16 and multiplied in fp32.
 bool fast_bf16_dot();
 
+// Does vdpbf16ps alone, without tiles?
+bool fast_bf16_pairs();
+
 }  // namespace fastllm

@@ -14,6 +14,8 @@
 
 #if defined(__F16C__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #define FASTLLM_INLINE inline __attribute__((always_inline))
@@ -71,11 +73,23 @@ FASTLLM_INLINE HalfBitsVec narrow(BitsVec bits) {
 FASTLLM_INLINE Vec from_bf16(HalfBitsVec bits) { return bit_cast<Vec>(widen(bits) << 16); }
 
 // Round to nearest even; NaN stays NaN.
-FASTLLM_INLINE HalfBitsVec to_bf16(Vec x) {
+FASTLLM_INLINE HalfBitsVec to_bf16_bits(Vec x) {
   BitsVec bits = bit_cast<BitsVec>(x);
   BitsVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   BitsVec quiet_nan = BitsVec{} + 0x7fc0;
   return narrow(x == x ? rounded : quiet_nan);
+}
+
+FASTLLM_INLINE HalfBitsVec to_bf16(Vec x) {
+#if defined(__AVX512BF16__)
+  // The instruction takes subnormals for zero. They are rare: a branch costs less than a blend.
+  constexpr int kSubnormal = 0x20;
+  const bool exact = _mm512_fpclass_ps_mask(bit_cast<__m512>(x), kSubnormal) == 0;
+  if (__builtin_expect(exact, true)) {
+    return bit_cast<HalfBitsVec>(_mm512_cvtneps_pbh(bit_cast<__m512>(x)));
+  }
+#endif
+  return to_bf16_bits(x);
 }
 
 #if defined(__AVX512F__)
@@ -96,6 +110,15 @@ FASTLLM_INLINE Vec from_fp16(HalfBitsVec bits) {
 }
 FASTLLM_INLINE HalfBitsVec to_fp16(Vec x) {
   return bit_cast<HalfBitsVec>(_mm256_cvtps_ph(bit_cast<__m256>(x), _MM_FROUND_TO_NEAREST_INT));
+}
+
+#elif defined(__aarch64__)
+
+FASTLLM_INLINE Vec from_fp16(HalfBitsVec bits) {
+  return bit_cast<Vec>(vcvt_f32_f16(bit_cast<float16x4_t>(bits)));
+}
+FASTLLM_INLINE HalfBitsVec to_fp16(Vec x) {
+  return bit_cast<HalfBitsVec>(vcvt_f16_f32(bit_cast<float32x4_t>(x)));
 }
 
 #else
@@ -229,8 +252,25 @@ FASTLLM_INLINE void for_each_vector(int64_t n, Step step) {
 // ---- Arithmetic -----------------------------------------------------------------------------
 
 // The left operand where neither is larger, and NaN where `a` is NaN.
+#if defined(__AVX512F__)
+// GCC compares and then blends. The instructions return their second operand for a NaN in either.
+FASTLLM_INLINE Vec max(Vec a, Vec b) {
+  return bit_cast<Vec>(_mm512_maskz_max_ps(0xffff, bit_cast<__m512>(b), bit_cast<__m512>(a)));
+}
+FASTLLM_INLINE Vec min(Vec a, Vec b) {
+  return bit_cast<Vec>(_mm512_maskz_min_ps(0xffff, bit_cast<__m512>(b), bit_cast<__m512>(a)));
+}
+#elif defined(__AVX2__)
+FASTLLM_INLINE Vec max(Vec a, Vec b) {
+  return bit_cast<Vec>(_mm256_max_ps(bit_cast<__m256>(b), bit_cast<__m256>(a)));
+}
+FASTLLM_INLINE Vec min(Vec a, Vec b) {
+  return bit_cast<Vec>(_mm256_min_ps(bit_cast<__m256>(b), bit_cast<__m256>(a)));
+}
+#else
 FASTLLM_INLINE Vec max(Vec a, Vec b) { return a < b ? b : a; }
 FASTLLM_INLINE Vec min(Vec a, Vec b) { return a > b ? b : a; }
+#endif
 FASTLLM_INLINE Vec abs(Vec a) { return bit_cast<Vec>(bit_cast<BitsVec>(a) & 0x7fffffffu); }
 
 struct Add {
@@ -264,7 +304,16 @@ FASTLLM_INLINE float largest(Vec v) { return fold<kLanes>(v, Max{}); }
 
 constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
 
-// 2^x to 2 units in the last place for x < 127; 0 below -126. With n = round(x) and f = x - n,
+#if defined(__AVX512F__)
+// p 2^n, or 0 where x < lowest.
+FASTLLM_INLINE Vec times_power_of_2(Vec p, Vec n, Vec x, float lowest) {
+  const __mmask16 counts =
+      _mm512_cmp_ps_mask(bit_cast<__m512>(x), bit_cast<__m512>(broadcast(lowest)), _CMP_NLT_UQ);
+  return bit_cast<Vec>(_mm512_maskz_scalef_ps(counts, bit_cast<__m512>(p), bit_cast<__m512>(n)));
+}
+#endif
+
+// 2^x to 2.2 units in the last place for x < 127; 0 below -126. With n = round(x) and f = x - n,
 // 2^x = 2^n 2^f: the second factor is a polynomial, and n is added to its exponent.
 FASTLLM_INLINE Vec exp2(Vec x) {
   Vec shifted = x + kRounder;
@@ -274,11 +323,15 @@ FASTLLM_INLINE Vec exp2(Vec x) {
   p = p * f + 2.4022242e-1f;
   p = p * f + 6.9314700e-1f;
   p = p * f + 1.0f;
+#if defined(__AVX512F__)
+  return times_power_of_2(p, shifted - kRounder, x, -126.0f);
+#else
   IntVec exponent = bit_cast<IntVec>(shifted) << 23;
   return x < -126.0f ? Vec{} : bit_cast<Vec>(bit_cast<IntVec>(p) + exponent);
+#endif
 }
 
-// e^x to 2 units in the last place; 0 below -87 and infinity above 88.7. With n = round(x / ln 2),
+// e^x to 2 units in the last place; 0 below -86.9 and infinity above 88.7. With n = round(x / ln 2),
 // e^x = 2^n e^r, where r lies in +-ln(2)/2 and e^r is a polynomial.
 FASTLLM_INLINE Vec exp(Vec x) {
   Vec clamped = min(x, broadcast(89.0f));
@@ -291,10 +344,14 @@ FASTLLM_INLINE Vec exp(Vec x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
+#if defined(__AVX512F__)
+  return times_power_of_2(p, n, x, -86.9f);
+#else
   // 2^n as 2 * 2^(n - 1), because 2^128 is no fp32.
   IntVec exponent = (bit_cast<IntVec>(shifted) << 23) + (126 << 23);
   Vec result = (p + p) * bit_cast<Vec>(exponent);
-  return x < -87.0f ? Vec{} : result;
+  return x < -86.9f ? Vec{} : result;
+#endif
 }
 
 FASTLLM_INLINE Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp(-x)); }

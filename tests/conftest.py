@@ -94,6 +94,16 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture
+def cpp_kernels() -> Any:
+    """The raw C++ kernels, for what they promise beyond the ops."""
+    from fastllm.ops import cpp
+
+    if INTERPRETED or not cpp.available():
+        pytest.skip(cpp.reason())
+    return cpp
+
+
+@pytest.fixture
 def device(backend: str) -> torch.device:
     """Where the tensors of this test live."""
     on_gpu = backend == "triton" and torch.cuda.is_available()

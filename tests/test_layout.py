@@ -32,6 +32,12 @@ def test_positions_when_the_prefix_is_stored_later():
     assert layout.positions.tolist() == [3, 4, 0, 1, 2, 3]
 
 
+def test_a_layout_may_be_empty():
+    for layout in (PackedLayout([]), PackedLayout([0, 0])):
+        assert layout.positions.shape == layout.segments.shape == (0,)
+        assert layout.positions.dtype == layout.segments.dtype == torch.int32
+
+
 def test_segment_of_each_row(layout):
     assert layout.segments.tolist() == [0, 0, 0, 1, 1, 3, 3, 3, 3, 4, 5, 5]
 

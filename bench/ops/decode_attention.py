@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
-from bench.cases import Case, Suite
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.cases import Case, Peer, Suite
 from fastllm.ops import decode_attention, decode_attention_reference
 
 
@@ -37,6 +41,33 @@ def case(
     )
 
 
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """PyTorch's op on a cache [B, K, L, D], which has the prompt once for each sequence."""
+    return F.scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=True)[:, :, 0]
+
+
+def grouped_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The heads that share a key head as the rows of one product."""
+    size, key_heads, _, head_dim = k.shape
+    grouped = q.view(size, key_heads, -1, head_dim)
+    weights = (grouped @ k.transpose(2, 3) * head_dim**-0.5).float().softmax(-1)
+    return (weights.to(q.dtype) @ v).view_as(q)
+
+
+def cache(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The cache that a generating program keeps: [B, K, L, D], prompt and tail in one piece."""
+    starts, group = arguments["prefix_starts"].tolist(), arguments["group"].tolist()
+
+    def whole(name: str) -> Tensor:
+        prefix, tail = arguments[f"prefix_{name}"], arguments[f"tail_{name}"]
+        rows = [
+            torch.cat((prefix[starts[g] : starts[g + 1]], tail[i])) for i, g in enumerate(group)
+        ]
+        return torch.stack(rows).transpose(1, 2).contiguous()
+
+    return {"q": arguments["q"], "k": whole("k"), "v": whole("v")}
+
+
 SUITE = Suite(
     decode_attention,
     decode_attention_reference,
@@ -46,4 +77,6 @@ SUITE = Suite(
         case(4, 8, 768, 256, 32, 8, 64),
         case(32, 1, 768, 256, 32, 8, 128),
     ),
+    {"F.sdpa": Peer(sdpa, cache), "grouped products": Peer(grouped_products, cache)},
+    compiled="grouped products",
 )

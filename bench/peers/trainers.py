@@ -57,6 +57,8 @@ def sft_trainer(line: Line, job: Job, scratch: str) -> SFTTrainer:
     packing = job.settings.get("packing", False)
     arguments = _in_order(job, scratch)
     if packing:
+        # It packs the longest first: in order, no batch would be like the next.
+        arguments = _arguments(job, scratch)
         arguments["per_device_train_batch_size"] = job.settings["rows"]
     return SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32),

@@ -54,20 +54,25 @@ def bpe(name: str, size: int) -> Tokenizer:
     return Tokenizer.train((text for row in real(name) for text in row.values()), size)
 
 
+def byte_tokenizer(folder: Path, vocabulary: int) -> Tokenizer:
+    """The byte tokenizer without its last bytes, or with more tokens, which no text has."""
+    Tokenizer.bytes().save_pretrained(folder)
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    tokens = content["model"]["vocab"]
+    more = {f"unused {index}": index for index in range(len(tokens), vocabulary)}
+    content["model"]["vocab"] = {k: v for k, v in (tokens | more).items() if v < vocabulary}
+    file.write_text(json.dumps(content), encoding="utf-8")
+    return Tokenizer.from_pretrained(folder)
+
+
 def ascii_tokenizer(folder: Path) -> Tokenizer:
     """One token per ASCII character.
 
     Whatever a model draws is text, and the text has as many tokens again: reward models that read
     texts (TRL's) and token ids (ours) see the same.
     """
-    Tokenizer.bytes().save_pretrained(folder)
-    file = folder / "tokenizer.json"
-    content = json.loads(file.read_text(encoding="utf-8"))
-    vocabulary = content["model"]["vocab"]
-    specials = len(vocabulary) - 256
-    content["model"]["vocab"] = {k: v for k, v in vocabulary.items() if v < specials + 128}
-    file.write_text(json.dumps(content), encoding="utf-8")
-    return Tokenizer.from_pretrained(folder)
+    return byte_tokenizer(folder, Tokenizer.bytes().vocab_size - 128)
 
 
 def language_model(

@@ -120,17 +120,17 @@ def _sft_step(dtype: str) -> Case:
     others: tuple[Contender, ...]
     if dtype == FLOAT:
         others = (
+            loop(),
             loop("transformers, compiled", compile=True),
             trl(),
-            loop(),
             trl_defaults(),
             fastllm_with_glibc(),
         )
     else:
         others = (
+            loop("transformers, autocast", "amp"),
             loop("transformers, autocast, compiled", "amp", compile=True),
             loop("transformers, bf16 weights, compiled", "bf16", compile=True),
-            loop("transformers, autocast", "amp"),
             trl("trl, autocast", "amp"),
             fastllm("fastllm, fp32"),
         )
@@ -162,8 +162,9 @@ def _sft_real() -> Case:
         contenders=(
             fastllm(),
             trl("trl, padded"),
-            # Rows of 512 hold other problems than a padded batch: near ln(32,000), all of them.
-            replace(trl("trl, packed", packing=True, rows=4), tolerance=0.1),
+            # It fills its rows with the longest problems first, so only the loss before the first
+            # step can be compared: about the same (10.4 to 10.6) for all problems.
+            replace(trl("trl, packed", packing=True, rows=4), tolerance=0.2, compared=1),
         ),
         reference="trl, padded",
         work=1000,
@@ -215,9 +216,8 @@ def _real_pairs(folder: Path) -> Job:
 
 def _full_sequences(folder: Path) -> Job:
     vocabulary = material.LARGE_VOCABULARY
-    model = material.language_model(
-        folder, material.LARGE, Tokenizer.bytes(), 512, vocab_size=vocabulary
-    )
+    tokenizer = material.byte_tokenizer(folder / "tokenizer", vocabulary)
+    model = material.language_model(folder, material.LARGE, tokenizer, 512)
     records = [{"input_ids": ids} for ids in material.sequences(16, 512, vocabulary)]
     return material.training(
         records, 4, kind="sft", model=model, max_length=512, learning_rate=3e-4

@@ -31,6 +31,8 @@ class Contender:
     keep_memory: bool = True
     tolerance: float | None = None
     """How far its results may be from the reference's; None: as the case says."""
+    compared: int | None = None
+    """How many of its results are compared; None: all."""
     backend: str = ""
     """FASTLLM_BACKEND of the process."""
 

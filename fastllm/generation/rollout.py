@@ -243,6 +243,4 @@ class Rollout:
 def _head_weight(model: Transformer) -> Tensor:
     """The head in the dtype that its product is formed in, cast once and not at every token."""
     weight = model.lm_head.weight
-    if weight.is_cuda:
-        return weight.to(model.model.compute_dtype or weight.dtype)
-    return weight.to(torch.promote_types(weight.dtype, torch.float32))
+    return weight.to(model.model.compute_dtype or weight.dtype)

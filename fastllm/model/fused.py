@@ -67,13 +67,16 @@ def attention_half(
 def mlp_half(
     raw: SimpleNamespace, update: Tensor, residual: Tensor, norm: Any, weights: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """(update, residual) [N, C] -> (MLP of the normalised sum, the sum); weights: gate, up, down."""
+    """(update, residual) [N, C] -> (MLP of the normalised sum, the sum).
+
+    The weights are those of gate, up and down, without biases.
+    """
     return _MLPHalf.apply(update, residual, norm.weight, *weights, raw, norm.eps)
 
 
 class _AttentionHalf(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[no-untyped-def]
+    def forward(
         ctx, update, residual, norm, wq, wk, wv, wo, raw, eps, heads, rotary, layout, rows, window
     ):
         x, h, rstd = _add_norm(raw, update, residual, norm, eps)
@@ -95,7 +98,7 @@ class _AttentionHalf(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy, dh):  # type: ignore[no-untyped-def]
+    def backward(ctx, dy, dh):
         h, rstd, q, k, v, out, lse, norm, wq, wk, wv, wo = ctx.saved_tensors
         raw, rows = ctx.raw, ctx.rows
         dy, dh = dy.contiguous(), None if dh is None else dh.contiguous()
@@ -126,7 +129,7 @@ class _AttentionHalf(torch.autograd.Function):
 
 class _MLPHalf(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, update, residual, norm, w_gate, w_up, w_down, raw, eps):  # type: ignore[no-untyped-def]
+    def forward(ctx, update, residual, norm, w_gate, w_up, w_down, raw, eps):
         x, h, rstd = _add_norm(raw, update, residual, norm, eps)
         gate, up = _times(x, w_gate), _times(x, w_up)
         ctx.save_for_backward(h, rstd, gate, up, norm, w_gate, w_up, w_down)
@@ -136,7 +139,7 @@ class _MLPHalf(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy, dh):  # type: ignore[no-untyped-def]
+    def backward(ctx, dy, dh):
         h, rstd, gate, up, norm, w_gate, w_up, w_down = ctx.saved_tensors
         raw = ctx.raw
         dy, dh = dy.contiguous(), None if dh is None else dh.contiguous()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..layout import NO_PREFIX, PackedLayout
 from . import backend
+from .inputs import as_heads, needs_grad
 
 
 def attention(
@@ -45,7 +46,9 @@ def attention(
     raw = backend.kernels("attention", q, k, v)
     if raw is None:
         return attention_reference(q, k, v, layout, scale, window)
-    return _Attention.apply(q, k, v, layout, scale, window or 0, raw)
+    if needs_grad(q, k, v):
+        return _Attention.apply(q, k, v, layout, scale, window or 0, raw)
+    return raw.forward(*(as_heads(t, raw) for t in (q, k, v)), layout, scale, window or 0)[0]
 
 
 def attention_reference(
@@ -97,7 +100,7 @@ class _Attention(torch.autograd.Function):
         window: int,
         raw: Any,
     ) -> Tensor:
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        q, k, v = (as_heads(t, raw) for t in (q, k, v))
         out, lse = raw.forward(q, k, v, layout, scale, window)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.layout, ctx.scale, ctx.window, ctx.raw = layout, scale, window, raw
@@ -106,7 +109,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         dq, dk, dv = ctx.raw.backward(
-            dout.contiguous(), *ctx.saved_tensors, ctx.layout, ctx.scale, ctx.window
+            as_heads(dout, ctx.raw), *ctx.saved_tensors, ctx.layout, ctx.scale, ctx.window
         )
         return dq, dk, dv, None, None, None, None
 

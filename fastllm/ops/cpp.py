@@ -151,15 +151,15 @@ class swiglu:
         return _op("swiglu_backward")(dout, gate, up)
 
     @staticmethod
-    def backward_into_(
-        dout: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor
-    ) -> None:
+    def backward_into_(dout: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor) -> None:
         """Write the gradients: to the halves of one buffer, say, or over gate and up."""
         _op("swiglu_backward_into_")(dout, gate, up, dgate, dup)
 
 
 class attention:
     """Attention on the packed, prefix-shared layout, and its gradient."""
+
+    READS_STRIDES = True
 
     @staticmethod
     def forward(
@@ -190,7 +190,30 @@ class attention:
         scale: float,
         window: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return _op("attention_backward")(
+        dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+        attention.backward_into_(dout, q, k, v, out, lse, layout, scale, window, dq, dk, dv)
+        return dq, dk, dv
+
+    @staticmethod
+    def backward_into_(
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        layout: PackedLayout,
+        scale: float,
+        window: int,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+    ) -> None:
+        """Write the gradients: to slices of one buffer, say. All of them, zeros where nobody sees.
+
+        Not over q, k or v, which are still read.
+        """
+        _op("attention_backward_into_")(
             dout,
             q,
             k,
@@ -206,11 +229,16 @@ class attention:
             layout.children,
             scale,
             window,
+            dq,
+            dk,
+            dv,
         )
 
 
 class decode_attention:
     """One new token per sequence against a shared prompt and the sequence's own tail."""
+
+    READS_STRIDES = True
 
     @staticmethod
     def forward(
@@ -316,10 +344,7 @@ def _register_shapes() -> None:
         return h.new_empty(h.shape), float32(h, h.shape[1] if weight_grad else 0)
 
     def attention_forward(q, *_arguments):
-        return torch.empty_like(q), float32(q, *q.shape[:2])
-
-    def attention_backward(_dout, q, k, v, *_arguments):
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        return q.new_empty(q.shape), float32(q, *q.shape[:2])
 
     def linear_logprob_forward(logits, *_arguments):
         return tuple(float32(logits, logits.shape[0]) for _ in range(3))
@@ -341,8 +366,8 @@ def _register_shapes() -> None:
         ),
         "swiglu_backward_into_": lambda *_: None,
         "attention_forward": attention_forward,
-        "attention_backward": attention_backward,
-        "decode_attention_forward": lambda q, *_: torch.empty_like(q),
+        "attention_backward_into_": lambda *_: None,
+        "decode_attention_forward": lambda q, *_: q.new_empty(q.shape),
         "linear_logprob_forward": linear_logprob_forward,
         "linear_logprob_backward_": lambda *_: None,
         "pairwise_loss_forward": pairwise_loss_forward,

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backend
+from .inputs import as_heads
 
 
 def decode_attention(
@@ -61,7 +62,7 @@ def decode_attention(
     if not all(tensor.is_contiguous() for tensor in cache):
         # A silent copy of a whole cache for each token would be worse than an error.
         raise ValueError("decode_attention: the caches and their indices must be contiguous")
-    return raw.forward(q.contiguous(), *cache, scale, window or 0)
+    return raw.forward(as_heads(q, raw), *cache, scale, window or 0)
 
 
 def decode_attention_reference(

@@ -19,8 +19,8 @@ from .inputs import needs_grad
 from .matmul import matmul
 
 # Logits held at a time. A chunk must be tall enough to keep the matrix product at full speed
-# (thousands of rows on a GPU) and small enough to be nothing beside the activations; on a CPU, whose
-# products are fast on few rows, it is at most this part of all the logits too.
+# (thousands of rows on a GPU) and small enough to be nothing beside the activations; on a CPU,
+# whose products are fast on few rows, it is at most this part of all the logits too.
 _CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 28}
 _CHUNK_SHARE = {"cpu": 16, "cuda": 1}
 _MIN_ROWS = 64
@@ -37,7 +37,8 @@ def linear_logprob(
     """log softmax(z)[target] with z = softcap * tanh(hidden weight^T / softcap) / temperature.
 
     Args:
-        hidden: [N, C]. weight: [V, C]. fp32, bf16 or fp16; logits are formed in fp32.
+        hidden: [N, C]. fp32, bf16 or fp16.
+        weight: [V, C]; cast to the dtype of hidden. Logits are formed in fp32.
         targets: token ids [N], in 0..V-1.
         temperature: divides the logits.
         softcap: bounds the logits smoothly, as in Gemma 2; None for no bound.
@@ -118,7 +119,7 @@ def linear_logprob_reference(
         logp = torch.log_softmax(z / temperature, dim=-1)
         return logp.gather(1, ids[:, None]).squeeze(1), -(logp.exp() * logp).sum(-1)
 
-    size = _chunk_rows(hidden, weight)
+    size, weight = _chunk_rows(hidden, weight), weight.to(hidden.dtype)
     chunks = zip(hidden.split(size), targets.long().split(size), strict=True)
     parts = [checkpoint(of_chunk, rows, weight, ids, use_reentrant=False) for rows, ids in chunks]
     logp, entropies = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -139,7 +140,7 @@ class _LinearLogprob(torch.autograd.Function):
         targets = targets.long().contiguous()
         parts = [
             raw.forward(logits, targets[rows], temperature, softcap)
-            for rows, logits in _chunks(hidden, weight)
+            for rows, logits in _chunks(hidden, weight.to(hidden.dtype))
         ]
         logp, entropy, lse = (torch.cat(column) for column in zip(*parts, strict=True))
         ctx.save_for_backward(hidden, weight, targets, entropy, lse)
@@ -150,6 +151,7 @@ class _LinearLogprob(torch.autograd.Function):
     def backward(ctx: Any, dlogp: Tensor, dentropy: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, entropy, lse = ctx.saved_tensors
         gradients = _Gradients(hidden, weight, *ctx.needs_input_grad[:2])
+        weight = gradients.weight
         dlogp, dentropy = dlogp.contiguous(), dentropy.contiguous()
         options = ctx.temperature, ctx.softcap
         for rows, logits in _chunks(hidden, weight):
@@ -175,7 +177,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         gradients = _Gradients(hidden, weight, *ctx.needs_input_grad[:2])
         no_gradient = torch.zeros_like(dlogp)
         parts = []
-        for rows, logits in _chunks(hidden, weight):
+        for rows, logits in _chunks(hidden, gradients.weight):
             ids = targets[rows]
             logp, entropy, lse = raw.forward(logits, ids, temperature, softcap)
             raw.backward_(
@@ -220,27 +222,28 @@ class _Gradients:
     def __init__(
         self, hidden: Tensor, weight: Tensor, needs_hidden: bool, needs_weight: bool
     ) -> None:
-        self._inputs = hidden, weight
+        self._rows, self._dtype = hidden, weight.dtype
+        self.weight = weight.to(hidden.dtype)
         self.hidden = hidden.new_empty(hidden.shape) if needs_hidden else None
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        self._weight = weight.new_empty(weight.shape, dtype=wide) if needs_weight else None
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        self._sum = weight.new_empty(weight.shape, dtype=wide) if needs_weight else None
         self._begun = False
 
     def add(self, rows: slice, dlogits: Tensor) -> None:
-        """Add what the rows' dlogits [n, V] give."""
-        hidden, weight = self._inputs
+        """Add what the rows' dlogits [n, V] give.
+
+        They were formed in fp32; the products read them in the dtype of the hidden states.
+        """
+        dlogits = dlogits.to(self._rows.dtype)
         if self.hidden is not None:
-            if self.hidden.dtype == dlogits.dtype:
-                wide_matmul(dlogits, weight, self.hidden[rows])
-            else:
-                self.hidden[rows] = wide_matmul(dlogits, weight)
-        if self._weight is not None:
-            wide_matmul(dlogits.t(), hidden[rows], self._weight, add=self._begun)
+            matmul(dlogits, self.weight, out=self.hidden[rows])
+        if self._sum is not None:
+            wide_matmul(dlogits.t(), self._rows[rows], self._sum, add=self._begun)
             self._begun = True
 
     def of_weight(self) -> Tensor | None:
         """The gradient of the weight, in its dtype."""
-        return None if self._weight is None else self._weight.to(self._inputs[1].dtype)
+        return None if self._sum is None else self._sum.to(self._dtype)
 
 
 def wide_matmul(a: Tensor, b: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:

@@ -9,17 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 _OPTIMIZER = "optimizer/"
 _RANDOM = "random/"
 
 
 def optimizer_tensors(
-    optimizer: Optimizer, named_parameters: Iterable[tuple[str, nn.Parameter]]
+    optimizer: Any, named_parameters: Iterable[tuple[str, nn.Parameter]]
 ) -> dict[str, Tensor]:
     """An optimizer's state by parameter name: `optimizer/<name>/<key>`, for example `exp_avg`.
 
+    The optimizer is one of PyTorch's, or laid out like it.
     Learning rates and other settings are not in it: the trainer's own configuration has them.
     """
     state: dict[str, Tensor] = {}
@@ -32,7 +32,7 @@ def optimizer_tensors(
 
 
 def restore_optimizer(
-    optimizer: Optimizer,
+    optimizer: Any,
     named_parameters: Iterable[tuple[str, nn.Parameter]],
     tensors: Mapping[str, Tensor],
 ) -> None:
@@ -61,7 +61,7 @@ def restore_optimizer(
         # The count of steps stays on the CPU, unless the optimizer's kernel reads it itself.
         on_cpu = key == "step" and id(parameter) not in fused
         device = torch.device("cpu") if on_cpu else parameter.device
-        optimizer.state[parameter][key] = value.to(device, copy=True)
+        optimizer.state.setdefault(parameter, {})[key] = value.to(device, copy=True)
 
 
 def random_state(device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from bench.cases import Case, Peer, Problem, Suite, Wrong, suite_of, suites
 from bench.op_times import time_case
 from bench.options import Options
-from bench.records import OURS
+from bench.records import OTHER_WORK, OURS
 from fastllm.ops import OPS
 
 OPTIONS = Options(quick=True, compile=False, dtypes=("float32",))
@@ -93,7 +93,7 @@ def test_a_peer_with_other_work_is_named_and_not_checked() -> None:
     found = suite(more=Peer(slightly_more, same=False))
     records = list(time_case("doubled", found, found.cases[0], torch.float32, OPTIONS))
     more = [record for record in records if record.contender == "more"]
-    assert more and all(r.rounds and r.note == "not the same result" for r in more)
+    assert more and all(r.rounds and r.note == OTHER_WORK for r in more)
 
 
 def test_a_prepared_peer_can_decline() -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
-from bench import clipping, growth, machine, memory, roofline, threads
+from bench import growth, machine, memory, optimizer_step, roofline, threads
 from bench.options import Options
 from bench.records import OURS
 from bench.training_steps import PEER, Mismatch, Work, blocks, has_peer
+
+ROOT = Path(__file__).parents[2]
 
 SMALL = Work("SFT", batch=2, length=8, layers=1, width=16, heads=2, key_heads=1, vocabulary=260)
 
@@ -64,7 +70,7 @@ def test_expected_times_follow_the_arithmetic() -> None:
 
 def test_the_share_of_the_roofline() -> None:
     options = Options(quick=True, dtypes=("float32",))
-    rate = max(r.rate for r in roofline._products("float32", options))
+    rate = max(r.work / min(r.rounds) for r in roofline._products("float32", options))
     shares = roofline.fractions({OURS: (2.0, 1.0, 3.0)}, rate, "FLOP", "float32", options)
     assert shares == {OURS: pytest.approx(0.5)}
     copies = [r for r in roofline.run(options) if r.name == "copy"]
@@ -80,25 +86,32 @@ def test_memmove_copies_every_slice() -> None:
     assert torch.equal(source, target)
 
 
-def test_clipping_is_checked() -> None:
-    parameters = [torch.nn.Parameter(torch.zeros(10)), torch.nn.Parameter(torch.zeros(3, 4))]
-    gradients = [torch.randn_like(p) * 100 for p in parameters]
-    right = clipping.contenders()["clip_grad_norm_"]
-    assert clipping._wrong(right, parameters, gradients) == ""
-    wrong = lambda p, limit: torch.tensor(limit)  # noqa: E731
-    assert "WRONG" in clipping._wrong(wrong, parameters, gradients)
+def test_the_optimizer_step_is_checked() -> None:
+    makers = optimizer_step.contenders()
+    assert optimizer_step._wrong(makers[optimizer_step.WITH], "cpu") == ""
+    assert optimizer_step._wrong(makers[OURS], "cpu") == ""
+    assert "WRONG" in optimizer_step._wrong(lambda parameters: lambda gradients: None, "cpu")
 
 
 @pytest.mark.skipif(memory.resident() is None, reason="no /proc/self/status here")
 def test_memory_at_most_is_seen() -> None:
-    if not memory.forget_peak():
+    """In a process of its own: here, freed memory may be kept, and be taken again."""
+    code = """
+from bench import memory
+first = bytes(range(256)) * (1 << 18)
+del first
+known = memory.forget_peak()
+before = memory.resident()[0]
+second = bytes(range(256)) * (1 << 17)
+print(known, memory.resident()[1] - before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    known, seen = done.stdout.split()
+    if known == "False":
         pytest.skip("this system does not let the peak be forgotten")
-    before = memory.resident()
-    assert before is not None
-    block = bytearray(64 << 20)
-    after = memory.resident()
-    assert after is not None
-    assert after[1] - before[0] >= 0.9 * len(block)
+    assert 0.9 * (1 << 25) <= int(seen) <= 1.2 * (1 << 25)
 
 
 def test_the_machine_is_described() -> None:

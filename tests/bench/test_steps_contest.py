@@ -124,6 +124,12 @@ def test_tolerance_of_a_contender(fake):
     assert found["loose"].rounds
 
 
+def test_only_the_first_results_of_a_contender(fake):
+    other = dataclasses.replace(fake("other", [0.7, 0.2]), compared=1)
+    found = run(fake(NAME, [0.7, 0.6], OURS), fake("peer", [0.7, 0.6]), other)
+    assert found["other"].rounds
+
+
 def test_slack_lets_a_share_be_off(fake):
     found = run(fake(NAME, [1.0, 5.0], OURS), fake("peer", [1.0, 2.0]), slack=0.5, tolerance=0.0)
     assert found[NAME].rounds

@@ -145,6 +145,14 @@ def test_what_an_ascii_model_draws_is_text(tmp_path):
     assert len(ids) == 128 and tokenizer.encode(tokenizer.decode(ids)) == ids
 
 
+@pytest.mark.parametrize("size", [100, 260, 300])
+def test_byte_tokenizers_of_any_size(tmp_path, size):
+    tokenizer = material.byte_tokenizer(tmp_path, size)
+    assert tokenizer.vocab_size == size and tokenizer.encode("AB") == [69, 70]
+    AutoTokenizer = pytest.importorskip("transformers").AutoTokenizer
+    assert len(AutoTokenizer.from_pretrained(tmp_path)) == size
+
+
 def test_letters():
     assert letters(["ab1 ", "", "é"]) == [0.5, 0.0, 0.0]
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -139,3 +142,23 @@ def test_missing_kernels_are_said(
     argv = ["generate", "--model", str(policy), "--prompt", "1+1=", "--device=cpu"]
     assert main([*argv, "--max_new_tokens=1"]) == 0
     assert "ops run on PyTorch, slower: C++ extension not built" in capsys.readouterr().err
+
+
+def test_sigterm_leaves_a_checkpoint_to_resume_from(work: Any, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    argv = ["sft", "--data", work.sft(), "--out", str(out), *work.quick, "--max_steps=100000"]
+    command = [sys.executable, "-m", "fastllm", *argv, "--save_steps=100000"]
+    root = Path(__file__).parents[2]
+    run = subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True)
+    assert run.stderr is not None
+    next(line for line in run.stderr if "step 3/" in line)
+    run.send_signal(signal.SIGTERM)
+    said = run.stderr.read()
+    assert run.wait(60) == 143
+    found = re.search(r"warning: ended by SIGTERM after step (\d+) of 100000; resume from", said)
+    assert found is not None and "Traceback" not in said, said
+    step = int(found[1])
+    assert (out / f"checkpoint-{step}" / "manifest.json").is_file()
+    assert main([*argv, "--resume", "auto", f"--max_steps={step + 2}"]) == 0
+    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").open()]
+    assert steps[: step + 2] == list(range(1, step + 3))

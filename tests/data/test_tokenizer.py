@@ -7,6 +7,7 @@ import logging
 
 import pytest
 
+from fastllm.data import tokenizer as tokenizer_module
 from fastllm.data.errors import DataError
 from fastllm.data.tokenizer import Tokenizer, choose_tokenizer
 
@@ -276,3 +277,12 @@ def test_choices_that_cannot_be_met(tmp_path):
         choose_tokenizer("bpe")
     with pytest.raises(DataError, match="nowhere: no such folder or file"):
         choose_tokenizer(tmp_path / "nowhere")
+
+
+def test_many_texts_are_encoded_in_portions(own_tokenizer, monkeypatch):
+    whole = own_tokenizer.encode_batch(TRICKY, add_special_tokens=True)
+    monkeypatch.setattr(tokenizer_module, "_TEXTS_AT_ONCE", 2)
+    assert own_tokenizer.encode_batch(TRICKY, add_special_tokens=True) == whole
+    given = iter([*TRICKY, 5])  # a fault in the last portion
+    portions = own_tokenizer.encode_each(given, add_special_tokens=True)
+    assert [next(portions) for _ in range(2)] == whole[:2]

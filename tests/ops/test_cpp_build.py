@@ -174,8 +174,11 @@ def operators() -> list[tuple[str, tuple[object, ...]]]:
         ("swiglu_backward_into_", (x, x.clone(), x.clone(), x.clone(), x.clone())),
         ("attention_forward", (q, k, k.clone(), *packed, 0.3, 0)),
         (
-            "attention_backward",
-            (q, q.clone(), k, k.clone(), q.clone(), lse, *packed, *children, 0.3, 2),
+            "attention_backward_into_",
+            (
+                *(q, q.clone(), k, k.clone(), q.clone(), lse, *packed, *children, 0.3, 2),
+                *(q.clone(), k.clone(), k.clone()),
+            ),
         ),
         (
             "decode_attention_forward",

@@ -179,6 +179,16 @@ def test_other_groups_have_no_influence(device):
     assert not torch.equal(after[1], before[1])
 
 
+def test_a_broken_sequence_stays_alone(backend, device):
+    """Sequences that share a prompt are computed together, but not their infinities."""
+    given = {n: t.to(device) for n, t in batch([6], [0, 0, 0], [3, 4, 2]).items()}
+    expected = decode_attention(**given)
+    given["tail_v"][given["tail_rows"][1].long(), 2] = float("inf")
+    found = decode_attention(**given)
+    assert not found[1].isfinite().all()
+    assert torch.equal(found[[0, 2]], expected[[0, 2]])
+
+
 @pytest.mark.parametrize("window", [None, 4])
 def test_equals_the_last_row_of_packed_attention(device, window):
     """Sampler and trainer compute the same thing."""

@@ -169,3 +169,17 @@ def test_more_than_2_to_the_31_elements(backend):
     x[-1] = torch.arange(4096, device="cuda") % 5 - 2
     weight = torch.ones(4096, dtype=torch.bfloat16, device="cuda")
     torch.testing.assert_close(rms_norm(x, weight)[-1:], rms_norm_reference(x[-1:], weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_slices_and_expanded_rows_are_read_in_place(cpp_kernels, dtype):
+    wide, weight = torch.randn(6, 60).to(dtype), torch.randn(19).to(dtype)
+    x, residual, dy = wide[:, 1:20], wide[:, 20:39], wide[:1, 40:59].expand(6, 19)
+    kernels = cpp_kernels.rms_norm
+    found = kernels.forward(x, weight, 1e-6, residual)
+    expected = kernels.forward(x.contiguous(), weight, 1e-6, residual.contiguous())
+    assert all(map(torch.equal, found, expected))
+    rstd = found[2]
+    found = kernels.backward(dy, x, residual, weight, rstd, True)
+    dense = (t.contiguous() for t in (dy, x, residual))
+    assert all(map(torch.equal, found, kernels.backward(*dense, weight, rstd, True)))

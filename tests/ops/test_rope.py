@@ -193,3 +193,29 @@ def test_odd_head_size(device):
     table = torch.zeros(2, 3, device=device)
     with pytest.raises(ValueError, match=r"even.*7"):
         rope(q, q, table, table)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_slices_of_one_buffer_are_read_and_written_in_place(cpp_kernels, dtype):
+    tokens, heads, key_heads, size = 5, 4, 2, 12
+    fused = torch.randn(tokens, (heads + 2 * key_heads) * size).to(dtype)
+    cos, sin = torch.rand(tokens, size // 2), torch.rand(tokens, size // 2)
+    positions = torch.arange(tokens, dtype=torch.int32)
+
+    def slices(buffer):
+        by_head = buffer.view(tokens, heads + 2 * key_heads, size)
+        return by_head[:, :heads], by_head[:, heads : heads + key_heads]
+
+    kernels = cpp_kernels.rope
+    q, k = slices(fused)
+    expected = kernels.forward(q.contiguous(), k.contiguous(), cos, sin, positions, True)
+    found = kernels.forward(q, k, cos, sin, positions, True)
+    assert all(map(torch.equal, found, expected)) and all(t.is_contiguous() for t in found)
+    by_head = kernels.forward(
+        *(t.transpose(0, 1).contiguous().transpose(0, 1) for t in (q, k)), cos, sin, positions, True
+    )
+    assert all(map(torch.equal, by_head, expected))
+    values = fused[:, (heads + key_heads) * size :].clone()
+    kernels.into_(q, k, cos, sin, positions, True, q, k)
+    assert all(map(torch.equal, slices(fused), expected))
+    assert torch.equal(fused[:, (heads + key_heads) * size :], values), "written past the keys"

@@ -105,3 +105,18 @@ def test_two_runs_are_bitwise_equal(device):
 def test_wrong_shapes(device, gate, up):
     with pytest.raises(ValueError, match=r"swiglu.*\d"):
         swiglu(torch.randn(gate, device=device), torch.randn(up, device=device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_halves_of_one_buffer_are_read_and_written_in_place(cpp_kernels, dtype):
+    both, dout = torch.randn(6, 28).to(dtype), torch.randn(1, 14).to(dtype).expand(6, 14)
+    gate, up = both.chunk(2, dim=-1)
+    kernels = cpp_kernels.swiglu
+    assert torch.equal(kernels.forward(gate, up), kernels.forward(gate.clone(), up.clone()))
+    expected = kernels.backward(dout.contiguous(), gate.contiguous(), up.contiguous())
+    room = torch.full((6, 30), float("nan"), dtype=dtype)
+    kernels.backward_into_(dout, gate, up, room[:, 1:15], room[:, 15:29])
+    assert torch.equal(room[:, 1:29], torch.cat(expected, dim=1))
+    assert room[:, 0].isnan().all() and room[:, 29].isnan().all()
+    kernels.backward_into_(dout, gate, up, gate, up)
+    assert torch.equal(both, torch.cat(expected, dim=1)), "gradients over their inputs"
