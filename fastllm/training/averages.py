@@ -27,8 +27,7 @@ class Averages:
     def add(self, metrics: dict[str, Metric]) -> None:
         for name, metric in metrics.items():
             self._names.append(name)
-            # What waits here must not keep a pass's graph alive.
-            self._unread += [x.detach() if isinstance(x, Tensor) else x for x in metric]
+            self._unread += map(_waiting, metric)
         if len(self._unread) > _UNREAD:
             self._read()
 
@@ -57,6 +56,17 @@ class Averages:
             self._sums[name] = total + next(values), weight + next(values)
         self._names.clear()
         self._unread.clear()
+
+
+def _waiting(scalar: Tensor | float) -> Tensor | float:
+    """A scalar that may wait: on the CPU its value, on a device a tensor without its graph.
+
+    A small tensor kept on the CPU would sit in the middle of the memory of the step's large
+    buffers, which then no longer fits the next step's: 0.4 MB a step were lost.
+    """
+    if not isinstance(scalar, Tensor):
+        return scalar
+    return float(scalar) if scalar.device.type == "cpu" else scalar.detach()
 
 
 def on_host(scalars: Sequence[Tensor | float]) -> list[float]:
