@@ -25,6 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from . import compare
 
         return compare.main(given.sections[1:])
+    if given.sections[:1] == ["merge"]:
+        from . import merge
+
+        return merge.main(given.sections[1:], RESULTS)
     allocator.settle(given.malloc, argv)
     options = _options(given)
     from . import machine, table

@@ -49,7 +49,8 @@ def parse(argv: Sequence[str], prog: str = "python -m bench") -> argparse.Namesp
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Time fastllm against PyTorch and other trainers, side by side.",
-        epilog=f"{prog} compare A.json B.json prints the ratios of two saved results.",
+        epilog=f"{prog} compare A.json B.json prints the ratios of two saved results; "
+        f"{prog} merge A.json B.json ... keeps sections that were run one by one as one result.",
     )
     parser.add_argument(
         "sections", nargs="*", metavar="SECTION", help=f"{', '.join(SECTIONS)} (default: all)"
@@ -80,7 +81,7 @@ def parse(argv: Sequence[str], prog: str = "python -m bench") -> argparse.Namesp
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with charts")
     options = parser.parse_args(argv)
-    if options.sections[:1] != ["compare"]:
+    if options.sections[:1] not in (["compare"], ["merge"]):
         unknown = sorted(set(options.sections) - set(SECTIONS))
         if unknown:
             parser.error(f"unknown section {', '.join(unknown)}: expected {', '.join(SECTIONS)}")

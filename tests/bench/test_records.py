@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import compare
+from bench import compare, merge
 from bench.records import OURS, Document, Ratio, Record, groups, ours_in, ratio
 
 
@@ -92,3 +92,30 @@ def test_compare_prints_ratios_and_what_differs(
     assert "new" not in shown
     assert "the 2 figures of others: 1.00x" in shown
     assert compare.main([str(paths[0])]) == 2
+
+
+def test_sections_run_one_by_one_become_one_result(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    machine = {"device": "Some CPU", "threads": 2}
+    first = Document({**machine, "commit": "a"}, [timed(2.0), timed(3.0, case="large")])
+    again = Document({**machine, "commit": "b"}, [timed(1.0)])
+    paths = [tmp_path / "a.json", tmp_path / "b.json"]
+    first.write(paths[0])
+    again.write(paths[1])
+    assert merge.main([str(path) for path in paths], tmp_path) == 0
+    merged = Document.read(tmp_path / "some-cpu.json")
+    assert merged.machine == {**machine, "commit": "a, b", "quick": None, "variables": None}
+    assert [record.seconds for record in merged.records] == [1.0, 3.0]
+    assert (tmp_path / "some-cpu.html").is_file()
+
+
+def test_results_of_two_machines_are_not_merged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [tmp_path / "a.json", tmp_path / "b.json"]
+    for path, threads in zip(paths, (2, 4), strict=True):
+        Document({"device": "Some CPU", "threads": threads}, []).write(path)
+    assert merge.main([str(path) for path in paths], tmp_path) == 2
+    assert "b.json: threads is 4, in" in capsys.readouterr().err
+    assert merge.main([], tmp_path) == 2

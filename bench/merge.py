@@ -1,0 +1,57 @@
+"""`python -m bench merge A.json B.json ...`: one result of sections that were run one by one."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import machine, page
+from .records import Document
+
+# What may differ between the parts, and is listed; all else must be the same machine's.
+LISTED = ("commit", "quick", "variables")
+
+
+def main(paths: list[str], folder: Path) -> int:
+    """Write the parts' records as one document and one page, in the folder of kept results."""
+    if not paths:
+        print("merge: expected files, A.json B.json ...", file=sys.stderr)
+        return 2
+    try:
+        merged = merge([Document.read(Path(path)) for path in paths], paths)
+    except ValueError as error:
+        print(f"merge: {error}", file=sys.stderr)
+        return 2
+    kept = folder / machine.slug(merged.machine["device"])
+    merged.write(kept.with_suffix(".json"))
+    page.write(merged, kept.with_suffix(".html"))
+    print(f"wrote {kept}.json and {kept}.html")
+    return 0
+
+
+def merge(parts: Sequence[Document], names: Sequence[str]) -> Document:
+    """All records; of a piece of work that several parts have, the last part's.
+
+    Raises:
+        ValueError: the parts are of different machines, versions or settings.
+    """
+    facts = dict(parts[0].machine)
+    records = {}
+    for part, name in zip(parts, names, strict=True):
+        for key in sorted((facts.keys() | part.machine.keys()) - set(LISTED)):
+            if facts.get(key) != part.machine.get(key):
+                raise ValueError(
+                    f"{name}: {key} is {part.machine.get(key)!r}, in {names[0]} {facts.get(key)!r}"
+                )
+        records |= {(*r.group, r.contender, r.axis, r.x): r for r in part.records}
+    for key in LISTED:
+        facts[key] = _listed([part.machine.get(key) for part in parts])
+    return Document(facts, list(records.values()))
+
+
+def _listed(values: list[Any]) -> Any:
+    """The value that all parts have, else the distinct ones."""
+    distinct = [value for index, value in enumerate(values) if value not in values[:index]]
+    return distinct[0] if len(distinct) == 1 else ", ".join(map(str, distinct))
