@@ -273,16 +273,23 @@ Three pairwise_loss_forward(Tensor chosen, Tensor rejected, std::optional<Tensor
   if (margin) check.tensor("margin", *margin, chosen.scalar_type(), {pairs});
   Tensor loss = empty(chosen, ScalarType::Float, {});
   Tensor dchosen = empty(chosen, ScalarType::Float, {pairs}), drejected = like(dchosen);
+  std::vector<double> sums((pairs + kPairBlock - 1) / kPairBlock);
   const PairwiseLossForward arguments = {
       data<void>(chosen),
       data<void>(rejected),
       pointer(margin),
-      static_cast<float*>(loss.mutable_data_ptr()),
+      sums.data(),
       static_cast<float*>(dchosen.mutable_data_ptr()),
       static_cast<float*>(drejected.mutable_data_ptr()),
+      pairs,
       static_cast<float>(centering),
   };
-  kernels().pairwise_loss.forward[format](arguments, 0, pairs);
+  parallel(kernels().pairwise_loss.forward[format], arguments, sums.size(),
+           kPairBlock * kBytesPerLogit);
+  // In the order of the blocks, whatever the threads.
+  double total = 0;
+  for (double sum : sums) total += sum;
+  *static_cast<float*>(loss.mutable_data_ptr()) = total / pairs;
   return {loss, dchosen, drejected};
 }
 

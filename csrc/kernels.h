@@ -275,15 +275,18 @@ struct LinearLogprobKernels {
   Kernel<LinearLogprobBackward> backward[kFormats];
 };
 
-// ---- pairwise_loss: pairs -------------------------------------------------------------------
+// ---- pairwise_loss: blocks of kPairBlock pairs ----------------------------------------------
+
+constexpr int64_t kPairBlock = 4096;
 
 struct PairwiseLossForward {
   const void* chosen;    // [P]
   const void* rejected;  // [P]
   const void* margin;    // [P] or null
-  float* loss;           // [], the sum over the range is written, so the range is always 0..P
+  double* sums;          // one per block
   float* dchosen;        // [P]
   float* drejected;      // [P]
+  int64_t pairs;         // P
   float centering;
 };
 

@@ -7,40 +7,57 @@
 namespace fastllm {
 namespace {
 
+// log(1 + e) for e in 0..1: with s = e / (2 + e) it is 2 artanh(s), whose series in s <= 1/3 is short.
+FASTLLM_INLINE Vec log1p_of_fraction(Vec e) {
+  const Vec s = e / (e + 2.0f);
+  const Vec square = s * s;
+  Vec p = square * (1.0f / 15) + 1.0f / 13;
+  p = p * square + 1.0f / 11;
+  p = p * square + 1.0f / 9;
+  p = p * square + 1.0f / 7;
+  p = p * square + 1.0f / 5;
+  p = p * square + 1.0f / 3;
+  return 2.0f * s * (p * square + 1.0f);
+}
+
+// Adds the lanes in fp64.
+FASTLLM_INLINE double wide_sum(Vec v) {
+  double total = 0;
+  for (int i = 0; i < kLanes; ++i) total += v[i];
+  return total;
+}
+
 template <class T>
-float to_float(const T* p) {
-  return load(p, SomeLanes{1})[0];
-}
-
-// log(1 + e^x) without overflow.
-float softplus(float x) {
-  return (x > 0 ? x : 0) + __builtin_log1pf(__builtin_expf(-__builtin_fabsf(x)));
-}
-
-// 1 / (1 + e^-x) without overflow.
-float logistic(float x) {
-  const float e = __builtin_expf(-__builtin_fabsf(x));
-  return (x < 0 ? e : 1.0f) / (1.0f + e);
+double sum_of_block(const PairwiseLossForward& a, int64_t begin, int64_t end) {
+  const T* chosen = static_cast<const T*>(a.chosen) + begin;
+  const T* rejected = static_cast<const T*>(a.rejected) + begin;
+  const T* margin = a.margin ? static_cast<const T*>(a.margin) + begin : nullptr;
+  const float share = 1.0f / a.pairs;
+  double total = 0;
+  for_each_vector(end - begin, [&](int64_t i, auto lanes) {
+    const Vec c = load(chosen + i, lanes), r = load(rejected + i, lanes);
+    Vec lead = c - r;
+    if (margin) lead -= load(margin + i, lanes);
+    // softplus(-lead) and its slope, without overflow.
+    const Vec e = exp(-abs(lead));
+    const Vec softplus = max(-lead, Vec{}) + log1p_of_fraction(e);
+    const Vec push = (lead > 0.0f ? e : broadcast(1.0f)) / (e + 1.0f) * -share;
+    const Vec pull = (c + r) * (2.0f * a.centering * share);
+    const Vec loss = softplus + (c + r) * (c + r) * a.centering;
+    total += wide_sum(only(loss, lanes, 0.0f));
+    store(a.dchosen + begin + i, push + pull, lanes);
+    store(a.drejected + begin + i, pull - push, lanes);
+  });
+  return total;
 }
 
 template <class T>
 void forward(const PairwiseLossForward& a, int64_t begin, int64_t end) {
-  const T* chosen = static_cast<const T*>(a.chosen);
-  const T* rejected = static_cast<const T*>(a.rejected);
-  const T* margin = static_cast<const T*>(a.margin);
-  const float share = 1.0f / (end - begin);
-  double total = 0;
-  for (int64_t i = begin; i < end; ++i) {
-    const float c = to_float(chosen + i);
-    const float r = to_float(rejected + i);
-    const float lead = c - r - (margin ? to_float(margin + i) : 0.0f);
-    const float push = -logistic(-lead) * share;
-    const float pull = 2.0f * a.centering * (c + r) * share;
-    total += softplus(-lead) + a.centering * (c + r) * (c + r);
-    a.dchosen[i] = push + pull;
-    a.drejected[i] = pull - push;
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t first = block * kPairBlock;
+    const int64_t last = first + kPairBlock < a.pairs ? first + kPairBlock : a.pairs;
+    a.sums[block] = sum_of_block<T>(a, first, last);
   }
-  *a.loss = total / (end - begin);
 }
 
 }  // namespace

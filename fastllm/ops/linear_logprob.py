@@ -18,12 +18,12 @@ from . import backend
 from .inputs import needs_grad
 from .matmul import matmul
 
-# Logits held at a time. A chunk must be tall enough to keep the matrix product at full speed
-# (thousands of rows on a GPU) and small enough to be nothing beside the activations; on a CPU,
-# whose products are fast on few rows, it is at most this part of all the logits too.
+# Logits held at a time. A chunk must be tall enough to keep the matrix products at full speed
+# (thousands of rows on a GPU) and small enough to be nothing beside the activations. On a CPU it is
+# an eighth of the rows: 1/16 of the logits and their gradients, which a product of all rows keeps.
 _CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 28}
-_CHUNK_SHARE = {"cpu": 16, "cuda": 1}
-_MIN_ROWS = 64
+_CHUNK_SHARE = {"cpu": 8, "cuda": 1}
+_MIN_ROWS, _MIN_ELEMENTS = 64, 1 << 18
 
 
 def linear_logprob(
@@ -272,7 +272,8 @@ def wide_matmul(a: Tensor, b: Tensor, out: Tensor | None = None, add: bool = Fal
 def _chunk_rows(hidden: Tensor, weight: Tensor) -> int:
     kind = hidden.device.type if hidden.device.type in _CHUNK_ELEMENTS else "cpu"
     share = -(-hidden.shape[0] // _CHUNK_SHARE[kind])
-    return max(_MIN_ROWS, min(share, _CHUNK_ELEMENTS[kind] // weight.shape[0]))
+    fewest = max(_MIN_ROWS, _MIN_ELEMENTS // weight.shape[0])
+    return max(fewest, min(share, _CHUNK_ELEMENTS[kind] // weight.shape[0]))
 
 
 def _check(

@@ -26,7 +26,7 @@ pytestmark = [
 CHECK_ONE_LEVEL = """
 import torch
 from fastllm.layout import PackedLayout
-from fastllm.ops import (attention, linear_logprob, rms_norm, swiglu, use_backend,
+from fastllm.ops import (attention, linear, linear_logprob, rms_norm, swiglu, use_backend,
                          attention_reference, linear_logprob_reference, rms_norm_reference,
                          swiglu_reference)
 from fastllm.ops import cpp
@@ -59,6 +59,7 @@ for dtype in (torch.bfloat16, torch.float16):
     product = cpp.swiglu.forward(gate[None], x[None].to(dtype))
     assert torch.equal(product[0], (gate.float() * x.to(dtype).float()).to(dtype)), dtype
 
+compare(linear, torch.nn.functional.linear, torch.randn(40, 300) / 9, torch.randn(70, 300) / 9)
 compare(rms_norm, rms_norm_reference, torch.randn(5, 77), torch.randn(77))
 compare(swiglu, swiglu_reference, torch.randn(3, 1001) * 20, torch.randn(3, 1001))
 compare(linear_logprob, linear_logprob_reference, torch.randn(9, 16), torch.randn(1500, 16),
