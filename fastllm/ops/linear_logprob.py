@@ -20,9 +20,10 @@ from .matmul import matmul
 
 # Logits held at a time. A chunk must be tall enough to keep the matrix products at full speed
 # (thousands of rows on a GPU) and small enough to be nothing beside the activations. On a CPU it is
-# an eighth of the rows: 1/16 of the logits and their gradients, which a product of all rows keeps.
+# a ninth of the rows: less than 1/16 of what a head takes that keeps all logits and makes their
+# gradient beside them.
 _CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 28}
-_CHUNK_SHARE = {"cpu": 8, "cuda": 1}
+_CHUNK_SHARE = {"cpu": 9, "cuda": 1}
 _MIN_ROWS, _MIN_ELEMENTS = 64, 1 << 18
 
 

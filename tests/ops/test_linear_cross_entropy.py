@@ -39,6 +39,7 @@ def small_chunks(monkeypatch):
     module = importlib.import_module("fastllm.ops.linear_logprob")
     monkeypatch.setattr(module, "_CHUNK_ELEMENTS", {"cpu": 1, "cuda": 1})
     monkeypatch.setattr(module, "_MIN_ROWS", 4)
+    monkeypatch.setattr(module, "_MIN_ELEMENTS", 1)
 
 
 def cross_entropy(hidden, weight, targets, token_weights=None, **options):
