@@ -40,7 +40,7 @@ void normalise(Matrix& m, int64_t rows, int64_t columns) {
 // Two numbers of an operand whose depth lies along memory are read at once: an odd depth ends with
 // half a pair.
 bool multiplies_pairs(const Matmul& m) {
-  static const bool fast = kernels().matmul.pairs && fast_bf16_dot();
+  static const bool fast = kernels().matmul.pairs && fast_bf16_pairs();
   const bool across = m.a.column_stride != 1 && m.b.column_stride == 1;
   return fast && m.a.format == kBFloat16 && m.b.format == kBFloat16 && (across || m.depth % 2 == 0);
 }
