@@ -40,11 +40,12 @@ def merge(parts: Sequence[Document], names: Sequence[str]) -> Document:
     facts = dict(parts[0].machine)
     records = {}
     for part, name in zip(parts, names, strict=True):
-        for key in sorted((facts.keys() | part.machine.keys()) - set(LISTED)):
-            if facts.get(key) != part.machine.get(key):
-                raise ValueError(
-                    f"{name}: {key} is {part.machine.get(key)!r}, in {names[0]} {facts.get(key)!r}"
-                )
+        for key in sorted(part.machine.keys() - set(LISTED)):
+            # Unknown in one part (peers that were not asked for) is no contradiction.
+            known = [value for value in (facts.get(key), part.machine[key]) if value is not None]
+            if known[1:] and known[0] != known[1]:
+                raise ValueError(f"{name}: {key} is {known[1]!r}, in {names[0]} {known[0]!r}")
+            facts[key] = known[0] if known else None
         records |= {(*r.group, r.contender, r.axis, r.x): r for r in part.records}
     for key in LISTED:
         facts[key] = _listed([part.machine.get(key) for part in parts])

@@ -97,9 +97,9 @@ def test_compare_prints_ratios_and_what_differs(
 def test_sections_run_one_by_one_become_one_result(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    machine = {"device": "Some CPU", "threads": 2}
+    machine = {"device": "Some CPU", "threads": 2, "peers": {"trl": "1"}}
     first = Document({**machine, "commit": "a"}, [timed(2.0), timed(3.0, case="large")])
-    again = Document({**machine, "commit": "b"}, [timed(1.0)])
+    again = Document({**machine, "commit": "b", "peers": None}, [timed(1.0)])
     paths = [tmp_path / "a.json", tmp_path / "b.json"]
     first.write(paths[0])
     again.write(paths[1])
