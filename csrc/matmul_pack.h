@@ -27,7 +27,6 @@ constexpr int kColumns = kMatmulBlock;  // kDepth x kColumns of b stay in the L2
 constexpr int kColumnStride = (kTileRows + kLanes - 1) / kLanes * kLanes;
 
 FASTLLM_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-FASTLLM_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // ---- Words ----------------------------------------------------------------------------------
 

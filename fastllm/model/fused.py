@@ -41,6 +41,7 @@ def attention_half(
     heads: tuple[int, int, int],
     rotary: tuple[Tensor, Tensor],
     layout: PackedLayout,
+    selected: PackedLayout,
     rows: Tensor | None,
     window: int | None,
 ) -> tuple[Tensor, Tensor]:
@@ -53,14 +54,16 @@ def attention_half(
         heads: H, K, D.
         rotary: cos and sin [P, D/2], fp32.
         layout: of all T tokens.
+        selected: the same with queries for `rows` only.
         rows: packed rows whose output is wanted [N], int64; None for all.
         window: sliding window, or None.
 
     Returns:
         [N, C], [N, C].
     """
+    packed = layout, selected, rows
     return _AttentionHalf.apply(
-        update, residual, norm.weight, *weights, raw, norm.eps, heads, rotary, layout, rows, window
+        update, residual, norm.weight, *weights, raw, norm.eps, heads, rotary, packed, window
     )
 
 
@@ -77,15 +80,15 @@ def mlp_half(
 class _AttentionHalf(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, update, residual, norm, wq, wk, wv, wo, raw, eps, heads, rotary, layout, rows, window
+        ctx, update, residual, norm, wq, wk, wv, wo, raw, eps, heads, rotary, packed, window
     ):
+        layout, selected, rows = packed
         x, h, rstd = _add_norm(raw, update, residual, norm, eps)
         asking = x if rows is None else x[rows]
         query_heads, key_heads, size = heads
         q = _times(asking, wq).view(-1, query_heads, size)
         k = _times(x, wk).view(-1, key_heads, size)
         v = _times(x, wv).view(-1, key_heads, size)
-        selected = layout if rows is None else layout.select(rows)
         q, k = _rotate(raw, q, k, rotary, layout.positions, rows, inverse=False)
         scale = size**-0.5
         out, lse = raw.attention.forward(q, k, v, selected, scale, window or 0)
@@ -93,7 +96,6 @@ class _AttentionHalf(torch.autograd.Function):
         ctx.raw, ctx.eps, ctx.first = raw, eps, update is None
         ctx.rotary, ctx.layout, ctx.selected, ctx.rows = rotary, layout, selected, rows
         ctx.scale, ctx.window = scale, window or 0
-        ctx.set_materialize_grads(False)
         return _times(out.flatten(1), wo), h if rows is None else h[rows]
 
     @staticmethod
@@ -101,7 +103,7 @@ class _AttentionHalf(torch.autograd.Function):
     def backward(ctx, dy, dh):
         h, rstd, q, k, v, out, lse, norm, wq, wk, wv, wo = ctx.saved_tensors
         raw, rows = ctx.raw, ctx.rows
-        dy, dh = dy.contiguous(), None if dh is None else dh.contiguous()
+        dy, dh = dy.contiguous(), dh.contiguous()
         needs_norm, *needs = ctx.needs_input_grad[2:7]
         dout = _back(dy, wo).view_as(out)
         dwo = _weight_gradient(dy, out.flatten(1), wo, needs[3])
@@ -120,11 +122,11 @@ class _AttentionHalf(torch.autograd.Function):
             _back(dq, wq, into=dx, add=True)
         else:
             dx.index_add_(0, rows, _back(dq, wq))
-            dh = None if dh is None else torch.zeros_like(h).index_copy_(0, rows, dh)
+            dh = torch.zeros_like(h).index_copy_(0, rows, dh)
         dresidual, dnorm = raw.rms_norm.backward(dx, dh, h, norm.to(h.dtype), rstd, needs_norm)
         dupdate = None if ctx.first else dresidual
         dnorm = dnorm.to(norm.dtype) if needs_norm else None
-        return dupdate, dresidual, dnorm, dwq, dwk, dwv, dwo, *[None] * 7
+        return dupdate, dresidual, dnorm, dwq, dwk, dwv, dwo, *[None] * 6
 
 
 class _MLPHalf(torch.autograd.Function):
@@ -134,7 +136,6 @@ class _MLPHalf(torch.autograd.Function):
         gate, up = _times(x, w_gate), _times(x, w_up)
         ctx.save_for_backward(h, rstd, gate, up, norm, w_gate, w_up, w_down)
         ctx.raw, ctx.eps = raw, eps
-        ctx.set_materialize_grads(False)
         return _times(raw.swiglu.forward(gate, up), w_down), h
 
     @staticmethod
@@ -142,7 +143,7 @@ class _MLPHalf(torch.autograd.Function):
     def backward(ctx, dy, dh):
         h, rstd, gate, up, norm, w_gate, w_up, w_down = ctx.saved_tensors
         raw = ctx.raw
-        dy, dh = dy.contiguous(), None if dh is None else dh.contiguous()
+        dy, dh = dy.contiguous(), dh.contiguous()
         needs_norm, *needs = ctx.needs_input_grad[2:6]
         inner = raw.swiglu.forward(gate, up)
         dw_down = _weight_gradient(dy, inner, w_down, needs[2])

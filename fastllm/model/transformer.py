@@ -40,15 +40,13 @@ class PackedAttend:
 
     def __init__(self, layout: PackedLayout, rows: Tensor | None = None) -> None:
         self.layout = layout
-        self._selected = layout if rows is None else layout.select(rows)
+        self.selected = layout if rows is None else layout.select(rows)
         self.positions, self.max_position = layout.positions, layout.max_position
 
     def __call__(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None, window: int | None
     ) -> Tensor:
-        return ops.attention(
-            q, k, v, self.layout if rows is None else self._selected, window=window
-        )
+        return ops.attention(q, k, v, self.layout if rows is None else self.selected, window=window)
 
 
 class Attention(nn.Module):
@@ -140,7 +138,7 @@ class Block(nn.Module):
         if isinstance(attend, PackedAttend) and self._is_plain():
             raw = fused.raw_kernels(residual)
             if raw is not None:
-                return self._fused(raw, update, residual, rotary, attend.layout, rows)
+                return self._fused(raw, update, residual, rotary, attend, rows)
         if update is None:
             x = self.input_layernorm(residual)
         else:
@@ -156,7 +154,7 @@ class Block(nn.Module):
         update: Tensor | None,
         residual: Tensor,
         rotary: tuple[Tensor, Tensor],
-        layout: PackedLayout,
+        attend: PackedAttend,
         rows: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         update, residual = fused.attention_half(
@@ -167,7 +165,8 @@ class Block(nn.Module):
             [projection.weight for projection in self.self_attn.projections()],
             self.self_attn.heads,
             rotary,
-            layout,
+            attend.layout,
+            attend.layout if rows is None else attend.selected,
             rows,
             self.self_attn.window,
         )
