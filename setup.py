@@ -30,12 +30,14 @@ OLDEST_TORCH = (2, 10)
 # One object per op and instruction set, chosen when the library is loaded (csrc/dispatch.cpp).
 OPS = (
     "matmul",
+    "packed_matmul",
     "rms_norm",
     "rope",
     "swiglu",
     "attention",
     "decode_attention",
     "linear_logprob",
+    "sampling",
     "pairwise_loss",
     "optimizer",
 )
@@ -51,7 +53,9 @@ BINDINGS = (
     "bindings_attention",
     "bindings_decode_attention",
     "bindings_matmul",
+    "bindings_packed_matmul",
     "bindings_optimizer",
+    "bindings_sampling",
 )
 
 # Not -ffast-math: with some compilers it makes the whole process flush subnormals to zero.
@@ -116,7 +120,10 @@ def _build_file(output: Path) -> str:
         lines.append(f"  flags = {flags}")
 
     # The slowest first, so that none of them is left alone at the end.
-    compile_("module", f"-I{_pybind11()} -I{sysconfig.get_path('include')}")
+    python_flags = f"-I{_pybind11()} -I{sysconfig.get_path('include')}"
+    compile_("module", python_flags)
+    compile_("bindings_decoder", python_flags)
+    compile_("decoder", torch_flags)
     for source in BINDINGS:
         compile_(source, torch_flags)
     compile_("dispatch", "")

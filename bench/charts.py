@@ -136,6 +136,8 @@ def _bar(record: Record, ours: Record | None, scale: svg.Scale, y: float) -> lis
     )
     parts.append(svg.line(low, y + ROW / 2 - 1, high, y + ROW / 2 - 1, "whisker"))
     words = f"{table.amount(rate, record.unit)}/s"
+    if record is ours and record.roofline is not None:
+        words += f", {record.roofline:.0%} of the limit"
     parts.append(svg.text(max(high, scale(rate)) + 10, y + 15, words, "label"))
     how_much = None if ours is None or record is ours else ratio(ours, record)
     if how_much is not None:

@@ -36,6 +36,8 @@ class Turns:
     rounds: dict[str, tuple[float, ...]]
     foreign: float | None = None
     disturbed: bool = False
+    kept: tuple[int, ...] = ()
+    """Which of the rounds that were taken these are."""
 
     def records(
         self,
@@ -96,12 +98,14 @@ def in_turns(
         seconds = {name: contenders[name]() for name in names}
         taken.append((quiet.foreign_share(before, sample()), seconds))
     # The sort is stable and looks at quietness only, never at the times.
-    kept = sorted(taken, key=lambda turn: 0.0 if _calm(turn[0]) else turn[0] or 0.0)[:rounds]
-    shares = [share for share, _ in kept if share is not None]
+    noise = [0.0 if _calm(share) else share or 0.0 for share, _ in taken]
+    kept = tuple(sorted(range(len(taken)), key=noise.__getitem__)[:rounds])
+    shares = [share for share, _ in (taken[i] for i in kept) if share is not None]
     return Turns(
-        {name: tuple(seconds[name] for _, seconds in kept) for name in contenders},
+        {name: tuple(taken[i][1][name] for i in kept) for name in contenders},
         foreign=sum(shares) / len(shares) if shares else None,
-        disturbed=not all(_calm(share) for share, _ in kept),
+        disturbed=not all(_calm(taken[i][0]) for i in kept),
+        kept=kept,
     )
 
 

@@ -178,20 +178,17 @@ def _roofline(rates: Sequence[Record], ops: Sequence[Record]) -> str:
     if not rates and not reached:
         return ""
     parts = ["<h2>Against what the machine can do</h2>"]
-    copies = [record for record in rates if record.axis and record.rounds]
-    if copies:
-        chart = charts.curves(
-            copies,
-            "bytes read and written",
-            lambda seconds, record: record.work / seconds / 1e9,
-            "GB/s",
-            log=True,
-            expected="",
+    figures = "".join(
+        _bandwidths(rates, name, title, axis)
+        for name, title, axis in (
+            ("copy", "Copies", "bytes read and written"),
+            ("read", "Reads", "bytes read"),
         )
+    )
+    if figures:
         parts.append(
             "<p class='note'>Measured rates. A copy counts each byte read and each byte written."
-            f"</p><div class='panels'><figure><figcaption>Copies</figcaption>{chart}</figure>"
-            f"<figure>{_products(rates)}</figure></div>"
+            f"</p><div class='panels'>{figures}<figure>{_products(rates)}</figure></div>"
         )
     if reached:
         rows = "".join(_reached(record) for record in reached)
@@ -204,6 +201,21 @@ def _roofline(rates: Sequence[Record], ops: Sequence[Record]) -> str:
             f"<th>share of the roofline</th></tr>{rows}</table>"
         )
     return "".join(parts)
+
+
+def _bandwidths(rates: Sequence[Record], name: str, title: str, axis: str) -> str:
+    records = [record for record in rates if record.name == name and record.rounds]
+    if not records:
+        return ""
+    chart = charts.curves(
+        records,
+        axis,
+        lambda seconds, record: record.work / seconds / 1e9,
+        "GB/s",
+        log=True,
+        expected="",
+    )
+    return f"<figure><figcaption>{title}</figcaption>{chart}</figure>"
 
 
 def _products(rates: Sequence[Record]) -> str:

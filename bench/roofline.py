@@ -1,9 +1,9 @@
 """Section `roofline`: what this machine can do, measured, and the share of it that work reaches.
 
-Two rates: bytes moved by a copy (each byte read once and written once; the best of PyTorch's and
+Three rates: bytes moved by a copy (each byte read once and written once; the best of PyTorch's and
 the C library's, which bypasses the caches) of a footprint like the work's, so that what fits a
-cache is held against the cache; and operations of a large matrix product, the best that anyone
-here reaches in that dtype.
+cache is held against the cache; bytes that are only read, likewise; and operations of a large
+matrix product, the best that anyone here reaches in that dtype.
 """
 
 from __future__ import annotations
@@ -24,15 +24,19 @@ from .records import OURS, Record
 
 NAME = "roofline"
 
+_LIBC = ctypes.CDLL(None)
+_LIBC.memchr.restype = ctypes.c_void_p
+
 # Bytes read and written by one copy.
 FOOTPRINTS = tuple(1 << power for power in range(16, 30))
 MATRIX = 2048
 
 
 def run(options: Options) -> Iterator[Record]:
-    """The copies by footprint, and the matrix products by dtype."""
-    for footprint in FOOTPRINTS[2::5] if options.quick else FOOTPRINTS:
-        yield from _copies(footprint, options)
+    """The copies and the reads by footprint, and the matrix products by dtype."""
+    for measured in (_copies, _reads):
+        for footprint in FOOTPRINTS[2::5] if options.quick else FOOTPRINTS:
+            yield from measured(footprint, options)
     for dtype in options.dtypes:
         yield from _products(dtype, options)
 
@@ -45,19 +49,29 @@ def fractions(
     options: Options,
 ) -> dict[str, float]:
     """Share of the roofline that each contender's median reaches; `amount` in B or FLOP."""
-    most = _copy_rate(amount, options) if unit == "B" else _product_rate(dtype, options)
+    most = _copy_rate(amount, options) if unit == "B" else product_rate(dtype, options)
     return {name: amount / statistics.median(taken) / most for name, taken in rounds.items()}
 
 
-def _product_rate(dtype: str, options: Options) -> float:
+def read_rate(amount: float, options: Options) -> float:
+    """Bytes per second that can be read of as many bytes, again and again."""
+    return _best(_reads(_footprint(amount), options))
+
+
+def product_rate(dtype: str, options: Options) -> float:
+    """Operations per second of a large matrix product."""
     return _best(_products(dtype, options))
 
 
 def _copy_rate(amount: float, options: Options) -> float:
-    """Of a copy that moves about as much: the nearest power of two."""
+    """Of a copy that moves about as much."""
+    return _best(_copies(_footprint(amount), options))
+
+
+def _footprint(amount: float) -> int:
+    """The nearest power of two that is measured."""
     nearest = 2 ** round(math.log2(max(amount, 1)))
-    footprint = min(max(nearest, FOOTPRINTS[0]), FOOTPRINTS[-1])
-    return _best(_copies(footprint, options))
+    return min(max(nearest, FOOTPRINTS[0]), FOOTPRINTS[-1])
 
 
 def _best(records: Iterable[Record]) -> float:
@@ -88,6 +102,46 @@ def _memmove(target: Tensor, source: Tensor, threads: int, pool: ThreadPoolExecu
     if threads == 1:
         return lambda: ctypes.memmove(*calls[0])
     return lambda: list(pool.map(lambda call: ctypes.memmove(*call), calls))
+
+
+@cache
+def _reads(footprint: int, options: Options) -> tuple[Record, ...]:
+    """A sum, and the C library's search and comparison: one and two streams on each thread."""
+    values = torch.ones(footprint // 4, device=options.device)
+    blocks = {"torch.sum": repeated(values.sum, options.device)}
+    if options.device == "cpu":
+        parts = [(part.data_ptr(), part.nbytes) for part in values.chunk(options.threads)]
+        with ThreadPoolExecutor(options.threads) as pool:
+            for name, read in (("memchr", _search), ("memcmp", _compare)):
+                blocks[name] = repeated(_on_each_thread(read, parts, pool))
+            turns = in_turns(blocks, _rounds(options))
+    else:
+        turns = in_turns(blocks, _rounds(options))
+    what = NAME, "read", _size(footprint)
+    return tuple(turns.records(*what, work=footprint, unit="B", axis="footprint", x=footprint))
+
+
+def _search(start: int, size: int) -> None:
+    """Look for a byte that a float of 1 does not have."""
+    found = _LIBC.memchr(ctypes.c_void_p(start), 1, ctypes.c_size_t(size))
+    if found:
+        raise AssertionError("memchr has found what is not there: it has not read everything")
+
+
+def _compare(start: int, size: int) -> None:
+    """Compare one half with the other."""
+    half = size // 8 * 4
+    first, second = ctypes.c_void_p(start), ctypes.c_void_p(start + half)
+    if _LIBC.memcmp(first, second, ctypes.c_size_t(half)):
+        raise AssertionError("memcmp has found a difference: it has not read everything")
+
+
+def _on_each_thread(
+    read: Callable[[int, int], None], parts: list[tuple[int, int]], pool: ThreadPoolExecutor
+) -> Callable[[], object]:
+    if len(parts) == 1:
+        return lambda: read(*parts[0])
+    return lambda: list(pool.map(lambda part: read(*part), parts))
 
 
 @cache

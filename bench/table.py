@@ -69,7 +69,7 @@ def _line(record: Record, ours: Record | None) -> str:
         (f"{amount(record.rate, record.unit)}/s" if record.rate else "").rjust(14),
         ("" if record.roofline is None else f"{record.roofline:.0%} of roof").rjust(13),
     ]
-    if ours is not None and record.contender != OURS:
+    if ours is not None and ours.rounds and record.contender != OURS:
         cells.append(f"ours {ratio(ours, record)}")
     if record.peak_bytes is not None:
         cells.append(f"peak {amount(record.peak_bytes, 'B')}")

@@ -42,6 +42,16 @@ inline HeadRows check_head_rows(const Check& check, const char* name, const Tens
   return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1)};
 }
 
+inline void check_head_sizes(const Check& check, int64_t heads, int64_t key_heads,
+                             int64_t head_size) {
+  check.require(head_size % 2 == 0 && head_size >= 2 && head_size <= kMaxHeadSize,
+                "the head size must be even and at most " + std::to_string(kMaxHeadSize) +
+                    ", found " + std::to_string(head_size));
+  check.require(key_heads > 0 && heads % key_heads == 0,
+                std::to_string(heads) + " query heads do not divide over " +
+                    std::to_string(key_heads) + " key heads");
+}
+
 struct Shapes {
   int64_t queries, tokens, heads, key_heads, head_size;
 };
@@ -63,12 +73,7 @@ inline Inputs check_heads(const Check& check, const Tensor& q, const char* k_nam
       check_head_rows(check, k_name, k, dtype, {s.tokens, s.key_heads, s.head_size}),
       check_head_rows(check, v_name, v, dtype, {s.tokens, s.key_heads, s.head_size}),
   };
-  check.require(s.head_size % 2 == 0 && s.head_size >= 2 && s.head_size <= kMaxHeadSize,
-                "the head size must be even and at most " + std::to_string(kMaxHeadSize) +
-                    ", found " + std::to_string(s.head_size));
-  check.require(s.key_heads > 0 && s.heads % s.key_heads == 0,
-                std::to_string(s.heads) + " query heads do not divide over " +
-                    std::to_string(s.key_heads) + " key heads");
+  check_head_sizes(check, s.heads, s.key_heads, s.head_size);
   return inputs;
 }
 

@@ -2,75 +2,103 @@
 // tasks.
 
 #include "bindings_attention.h"
+#include "decode_tasks.h"
 
 namespace fastllm {
-namespace {
 
-// Runs of neighbouring sequences with the same prompt, cut into blocks of query rows. A block is at
-// most a thread's share of all rows, so that one large group keeps every thread busy.
-std::vector<DecodeTask> decode_tasks(const int32_t* group, const Shapes& s, int64_t most_rows) {
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t heads = s.heads / s.key_heads;
-  const int64_t share = (s.queries * s.heads + threads - 1) / threads;
-  const int64_t block = std::clamp<int64_t>(share, heads, std::max(heads, most_rows));
-  std::vector<DecodeTask> tasks;
-  for (int64_t begin = 0, end; begin < s.queries; begin = end) {
-    for (end = begin + 1; end < s.queries && group[end] == group[begin];) ++end;
-    for (int32_t head = 0; head < s.key_heads; ++head) {
-      for (int64_t row = begin * heads; row < end * heads; row += std::min(block, most_rows)) {
-        const int64_t rows = std::min({block, most_rows, end * heads - row});
-        tasks.push_back({static_cast<int32_t>(row), static_cast<int32_t>(rows), head});
+void decode_tasks(std::vector<DecodeTask>& tasks, const int32_t* group, int64_t sequences,
+                  int64_t heads, int64_t key_heads, int64_t threads, int64_t most_rows) {
+  const int64_t heads_each = heads / key_heads;
+  const int64_t share = (sequences * heads + threads - 1) / threads;
+  const int64_t most = std::max<int64_t>(1, std::min(share, most_rows) / heads_each);
+  tasks.clear();
+  for (int64_t begin = 0, end; begin < sequences; begin = end) {
+    for (end = begin + 1; end < sequences && group[end] == group[begin];) ++end;
+    for (int32_t head = 0; head < key_heads; ++head) {
+      for (int64_t first = begin; first < end; first += most) {
+        const int64_t count = std::min(most, end - first);
+        tasks.push_back({static_cast<int32_t>(first), static_cast<int32_t>(count), head});
       }
     }
   }
-  return tasks;
 }
 
-Tensor decode_attention_forward(Tensor q, Tensor prefix_k, Tensor prefix_v, Tensor prefix_starts,
-                                Tensor group, Tensor tail_k, Tensor tail_v, Tensor tail_rows,
+namespace {
+
+struct BlockTable {
+  const int32_t* blocks;
+  int64_t stride;
+};
+
+// The blocks of `rows` runs of tokens; what lies past a run's length is not looked at.
+BlockTable check_blocks(const Check& check, const std::string& name, const Tensor& blocks,
+                        const Tensor& lengths, int64_t rows, int64_t cache_blocks) {
+  const std::string blocks_name = name + "_blocks", lengths_name = name + "_lengths";
+  check.rank(blocks_name.c_str(), blocks, 2);
+  const int64_t columns = blocks.size(1);
+  check.shape(blocks_name.c_str(), blocks, ScalarType::Int, {rows, columns});
+  check.require(columns < 2 || blocks.stride(1) == 1,
+                blocks_name + " must have rows whose elements lie side by side");
+  check_indices(check, lengths_name.c_str(), lengths, rows, 0, columns * kCacheBlock + 1);
+  const BlockTable table = {data<int32_t>(blocks), blocks.stride(0)};
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t used = (data<int32_t>(lengths)[row] + kCacheBlock - 1) / kCacheBlock;
+    for (int64_t i = 0; i < used; ++i) {
+      const int32_t block = table.blocks[row * table.stride + i];
+      if (block >= 0 && block < cache_blocks) continue;
+      check.fail(blocks_name + " must lie in 0.." + std::to_string(cache_blocks - 1) + ", found " +
+                 std::to_string(block) + " at [" + std::to_string(row) + ", " + std::to_string(i) +
+                 "]");
+    }
+  }
+  return table;
+}
+
+Tensor decode_attention_forward(Tensor q, Tensor keys, Tensor values, Tensor prefix_blocks,
+                                Tensor prefix_lengths, Tensor group, Tensor tail_blocks,
                                 Tensor tail_lengths, double scale, int64_t window) {
   const Check check("decode_attention_forward");
   const Format format = check.format("q", q);
   const ScalarType dtype = q.scalar_type();
-  check.rank("prefix_starts", prefix_starts, 1);
-  check.rank("tail_k", tail_k, 4);
-  const int64_t groups = prefix_starts.size(0) - 1;
-  const int64_t tails = tail_k.size(0), capacity = tail_k.size(1);
-  const Inputs inputs = check_heads(check, q, "prefix_k", prefix_k, "prefix_v", prefix_v);
-  const Shapes& s = inputs.shapes;
-  check.tensor("tail_k", tail_k, dtype, {tails, capacity, s.key_heads, s.head_size});
-  check.tensor("tail_v", tail_v, dtype, {tails, capacity, s.key_heads, s.head_size});
-  check_offsets(check, "prefix_starts", prefix_starts, groups, s.tokens);
-  check_indices(check, "group", group, s.queries, 0, groups);
-  check_indices(check, "tail_rows", tail_rows, s.queries, 0, tails);
-  check_indices(check, "tail_lengths", tail_lengths, s.queries, 0, capacity + 1);
+  check.rank("q", q, 3);
+  check.rank("keys", keys, 4);
+  check.rank("prefix_lengths", prefix_lengths, 1);
+  const int64_t sequences = q.size(0), heads = q.size(1), head_size = q.size(2);
+  const int64_t blocks = keys.size(0), key_heads = keys.size(1), groups = prefix_lengths.size(0);
+  const HeadRows q_rows = check_head_rows(check, "q", q, dtype, {sequences, heads, head_size});
+  check_head_sizes(check, heads, key_heads, head_size);
+  check.tensor("keys", keys, dtype, {blocks, key_heads, head_size, kCacheBlock});
+  check.tensor("values", values, dtype, {blocks, key_heads, kCacheBlock, head_size});
+  const BlockTable prefix =
+      check_blocks(check, "prefix", prefix_blocks, prefix_lengths, groups, blocks);
+  check_indices(check, "group", group, sequences, 0, groups);
+  const BlockTable tail = check_blocks(check, "tail", tail_blocks, tail_lengths, sequences, blocks);
 
   const DecodeAttentionKernels& kernel = kernels().decode_attention;
-  const auto tasks = decode_tasks(data<int32_t>(group), s, kernel.query_rows_per_task);
-  Tensor out = empty(q, dtype, {s.queries, s.heads, s.head_size});
-  auto tail_rows_of = [&](const Tensor& tail) {
-    return HeadRows{tail.const_data_ptr(), s.key_heads * s.head_size, s.head_size};
-  };
+  std::vector<DecodeTask> tasks;
+  decode_tasks(tasks, data<int32_t>(group), sequences, heads, key_heads,
+               torch::stable::get_num_threads(), kernel.query_rows_per_task);
+  Tensor out = empty(q, dtype, {sequences, heads, head_size});
   const DecodeAttentionForward arguments = {
-      inputs.q,
-      inputs.k,
-      inputs.v,
-      data<int32_t>(prefix_starts),
+      q_rows,
+      keys.const_data_ptr(),
+      values.const_data_ptr(),
+      prefix.blocks,
+      prefix.stride,
+      data<int32_t>(prefix_lengths),
       data<int32_t>(group),
-      tail_rows_of(tail_k),
-      tail_rows_of(tail_v),
-      data<int32_t>(tail_rows),
+      tail.blocks,
+      tail.stride,
       data<int32_t>(tail_lengths),
       new_head_rows(out),
       tasks.data(),
-      s.heads,
-      s.key_heads,
-      s.head_size,
-      capacity,
+      heads,
+      key_heads,
+      head_size,
       static_cast<float>(scale),
       window,
   };
-  parallel_tasks(kernel_for(format, kernel.forward), arguments, tasks.size());
+  parallel_tasks(kernel.forward[format], arguments, tasks.size());
   return out;
 }
 
@@ -78,9 +106,9 @@ Tensor decode_attention_forward(Tensor q, Tensor prefix_k, Tensor prefix_v, Tens
 }  // namespace fastllm
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastllm, m) {
-  m.def("decode_attention_forward(Tensor q, Tensor prefix_k, Tensor prefix_v,"
-        " Tensor prefix_starts, Tensor group, Tensor tail_k, Tensor tail_v, Tensor tail_rows,"
-        " Tensor tail_lengths, float scale, int window) -> Tensor");
+  m.def("decode_attention_forward(Tensor q, Tensor keys, Tensor values, Tensor prefix_blocks,"
+        " Tensor prefix_lengths, Tensor group, Tensor tail_blocks, Tensor tail_lengths,"
+        " float scale, int window) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastllm, CPU, m) {

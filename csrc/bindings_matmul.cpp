@@ -45,8 +45,9 @@ bool multiplies_pairs(const Matmul& m) {
   return fast && m.a.format == kBFloat16 && m.b.format == kBFloat16 && (across || m.depth % 2 == 0);
 }
 
-void plan(Matmul& m) {
-  const bool sliced = m.rows * m.columns <= kSmallResult && m.depth >= 2 * kFewestDepth;
+void plan(Matmul& m, bool in_order) {
+  const bool small = m.rows * m.columns <= kSmallResult;
+  const bool sliced = !in_order && small && m.depth >= 2 * kFewestDepth;
   const int64_t slices = sliced ? std::min(m.depth / kFewestDepth, kMostSlices) : 1;
   m.depth_per_task = std::max<int64_t>(2, divided(m.depth, 2 * slices) * 2);
   const int64_t others = divided(m.columns, kMatmulBlock) * slices;
@@ -55,7 +56,7 @@ void plan(Matmul& m) {
   m.rows_per_task = std::clamp(divided(share, kRowsUnit) * kRowsUnit, kFewestRows, kMostRows);
 }
 
-void matmul_(Tensor a, Tensor b, Tensor out, bool add) {
+void matmul_(Tensor a, Tensor b, Tensor out, bool add, bool in_order) {
   const Check check("matmul_");
   Matmul m = {matrix(check, "a", a), matrix(check, "b", b), matrix(check, "out", out), 0, 0, 0,
               add, false, 0, 0, nullptr};
@@ -71,7 +72,7 @@ void matmul_(Tensor a, Tensor b, Tensor out, bool add) {
   normalise(m.a, m.rows, m.depth);
   normalise(m.b, m.depth, m.columns);
   m.pairs = multiplies_pairs(m);
-  plan(m);
+  plan(m, in_order);
   const int64_t slices = std::max<int64_t>(1, divided(m.depth, m.depth_per_task));
   Tensor partial = empty(a, ScalarType::Float, {slices > 1 ? slices : 0, m.rows, m.columns});
   if (slices > 1) m.partial = static_cast<float*>(partial.mutable_data_ptr());
@@ -87,7 +88,7 @@ void matmul_(Tensor a, Tensor b, Tensor out, bool add) {
 }  // namespace fastllm
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastllm, m) {
-  m.def("matmul_(Tensor a, Tensor b, Tensor(a!) out, bool add) -> ()");
+  m.def("matmul_(Tensor a, Tensor b, Tensor(a!) out, bool add, bool in_order) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastllm, CPU, m) { m.impl("matmul_", TORCH_BOX(&fastllm::matmul_)); }

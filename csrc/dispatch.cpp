@@ -14,10 +14,11 @@ struct Level {
   Kernels kernels;
 };
 
-#define FASTLLM_KERNELS(isa)                                                            \
-  Kernels {                                                                             \
-    #isa, isa::matmul, isa::rms_norm, isa::rope, isa::swiglu, isa::attention, isa::decode_attention, \
-        isa::linear_logprob, isa::pairwise_loss, isa::optimizer                         \
+#define FASTLLM_KERNELS(isa)                                                                  \
+  Kernels {                                                                                   \
+    #isa, isa::matmul, isa::packed_matmul, isa::rms_norm, isa::rope, isa::swiglu,             \
+        isa::attention, isa::decode_attention, isa::linear_logprob, isa::sampling,            \
+        isa::pairwise_loss, isa::optimizer                                                    \
   }
 
 bool always() { return true; }

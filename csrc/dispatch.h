@@ -12,12 +12,14 @@ namespace fastllm {
 struct Kernels {
   const char* isa;
   const MatmulKernels& matmul;
+  const PackedMatmulKernels& packed_matmul;
   const RmsNormKernels& rms_norm;
   const RopeKernels& rope;
   const SwigluKernels& swiglu;
   const AttentionKernels& attention;
   const DecodeAttentionKernels& decode_attention;
   const LinearLogprobKernels& linear_logprob;
+  const SamplingKernels& sampling;
   const PairwiseLossKernels& pairwise_loss;
   const OptimizerKernels& optimizer;
 };

@@ -51,6 +51,48 @@ struct MatmulKernels {
   Kernel<Matmul> add_slices[kFormats];  // rows of c, by its format
 };
 
+// ---- packed_matmul: panels ------------------------------------------------------------------
+
+constexpr int64_t kPackedPanel = 32;         // columns that are stored together
+constexpr int64_t kPackedDepth = 256;        // words that are summed before they join the sum
+constexpr int64_t kPackedInt8Depth = 128;    // numbers of 8 bits that share a scale
+
+enum Packing { kPackedFloat32, kPackedBFloat16, kPackedInt8, kPackings };
+
+// A matrix [depth, columns] in panels [words, kPackedPanel], zeros beyond the columns. A word is a
+// number or, in bf16, two numbers of neighbouring depths.
+struct PackedMatrix {
+  void* data;
+  float* scales;  // int8: [panels, blocks, kPackedPanel]
+  Packing packing;
+  int64_t columns, depth, words;
+  int64_t block_words, blocks;
+  int64_t panel_bytes;
+};
+
+// out [rows, columns] = x [rows, depth] matrix + bias.
+struct PackedProduct {
+  const PackedMatrix* matrix;
+  const void* x;
+  Format x_format;  // fp32 or bf16; bf16 for products in pairs, with an even stride
+  int64_t x_stride, rows;
+  const float* bias;  // [columns] or null
+  void* out;
+  Format out_format;  // fp32 or bf16
+  int64_t out_stride;
+};
+
+struct PackMatrix {
+  Matrix from;  // [columns, depth], the depth along memory
+  PackedMatrix matrix;
+};
+
+struct PackedMatmulKernels {
+  Kernel<PackedProduct> product[kPackings];
+  Kernel<PackedProduct> pairs;  // bf16 multiplied two by two; null without an instruction for it
+  Kernel<PackMatrix> pack[kFormats];
+};
+
 // ---- Rows in memory -------------------------------------------------------------------------
 
 // A matrix that is read in place: the elements of a row lie side by side, and the rows `stride`
@@ -220,31 +262,36 @@ struct AttentionKernels {
 
 // ---- decode_attention -----------------------------------------------------------------------
 
-// One key head, and some query rows of sequences that share a prompt. With G = H / K, query row r
-// is head r % G of the key head's group, in sequence r / G.
+// Tokens of a block of the KV cache. A block of keys is [K, D, kCacheBlock], so that the keys of a
+// head are the lanes of vectors; a block of values is [K, kCacheBlock, D].
+constexpr int kCacheBlock = 64;
+
+// One key head, and sequences [first, first + sequences) of one prompt.
 struct DecodeTask {
-  int32_t first_row, rows;
+  int32_t first, sequences;
   int32_t key_head;
 };
 
 struct DecodeAttentionForward {
-  HeadRows q;                    // [B, H, D]
-  HeadRows prefix_k, prefix_v;   // [Tp, K, D]
-  const int32_t* prefix_starts;  // [G + 1]
-  const int32_t* group;          // [B]
-  HeadRows tail_k, tail_v;       // [R * M, K, D]
-  const int32_t* tail_rows;      // [B]
-  const int32_t* tail_lengths;   // [B]
-  OutHeadRows out;               // [B, H, D]
+  HeadRows q;                     // [B, H, D]
+  const void *keys, *values;      // [N, K, D, kCacheBlock], [N, K, kCacheBlock, D]
+  const int32_t* prefix_blocks;   // [G, ?], the blocks of each prompt
+  int64_t prefix_stride;          // numbers between its rows
+  const int32_t* prefix_lengths;  // [G]
+  const int32_t* group;           // [B], the prompt of each sequence
+  const int32_t* tail_blocks;     // [B, ?], the blocks of each sequence's own tokens
+  int64_t tail_stride;
+  const int32_t* tail_lengths;    // [B], the new token included
+  OutHeadRows out;                // [B, H, D]
   const DecodeTask* tasks;
-  int64_t heads, key_heads, head_size, tail_capacity;
+  int64_t heads, key_heads, head_size;
   float scale;
-  int64_t window;
+  int64_t window;  // 0: none
 };
 
 struct DecodeAttentionKernels {
-  int64_t query_rows_per_task;                           // at most
-  Kernel<DecodeAttentionForward> forward[kFormats + 1];  // tasks
+  int64_t query_rows_per_task;                       // sequences * H / K, at most if it can be
+  Kernel<DecodeAttentionForward> forward[kFormats];  // tasks
 };
 
 // ---- linear_logprob: rows -------------------------------------------------------------------
@@ -273,6 +320,34 @@ struct LinearLogprobBackward {
 struct LinearLogprobKernels {
   Kernel<LinearLogprobForward> forward[kFormats];
   Kernel<LinearLogprobBackward> backward[kFormats];
+};
+
+// ---- sampling: rows -------------------------------------------------------------------------
+
+// How each of B rows draws its next token; the meaning is that of fastllm/generation/sampling.py.
+struct SamplingRows {
+  const float *temperature, *top_p, *min_p, *repetition_penalty;  // [B]
+  const int32_t* top_k;        // [B]
+  const int64_t* key;          // [B] streams of random numbers
+  const int32_t* count;        // [B] tokens drawn so far
+  const int32_t* min_count;    // [B] with fewer, no stop token is drawn
+  const int32_t* stop_tokens;  // [B, stop_stride], -1 where there is none
+  int64_t stop_stride;
+  uint8_t* seen;  // [B, seen_stride] the tokens that the repetition penalty is for
+  int64_t seen_stride;  // 0: no row has a penalty
+};
+
+struct DrawTokens {
+  SamplingRows rows;
+  const float* logits;  // [B, V]
+  int64_t vocabulary;
+  int64_t* tokens;           // [B]
+  float* logprobs;           // [B]
+  float* sampling_logprobs;  // [B]
+};
+
+struct SamplingKernels {
+  Kernel<DrawTokens> draw;  // reads `seen`, never writes it
 };
 
 // ---- pairwise_loss: blocks of kPairBlock pairs ----------------------------------------------
@@ -330,12 +405,14 @@ struct OptimizerKernels {
 #define FASTLLM_DECLARE_KERNELS(isa)                    \
   namespace isa {                                       \
   extern const MatmulKernels matmul;                    \
+  extern const PackedMatmulKernels packed_matmul;       \
   extern const RmsNormKernels rms_norm;                 \
   extern const RopeKernels rope;                        \
   extern const SwigluKernels swiglu;                    \
   extern const AttentionKernels attention;              \
   extern const DecodeAttentionKernels decode_attention; \
   extern const LinearLogprobKernels linear_logprob;     \
+  extern const SamplingKernels sampling;                \
   extern const PairwiseLossKernels pairwise_loss;       \
   extern const OptimizerKernels optimizer;              \
   }

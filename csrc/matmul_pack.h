@@ -209,30 +209,39 @@ void pack_columns(float* packed, const Matmul& m, int64_t first, int64_t rows, i
   }
 }
 
+// Words of one depth, panel after panel, zeros beyond the columns.
 template <class Words>
-void copy_panel(float* to, const typename Words::Number* from, int64_t stride, int64_t columns,
-                int64_t depth) {
-  for (int64_t d = 0; d < depth; d += Words::kNumbers, to += kPanel) {
-    const auto* row = from + d * stride;
-    for_each_vector(columns, [&](int64_t j, auto lanes) {
-      store(to + j, Words::across(row + j, stride, d + 1 < depth, lanes), lanes);
-    });
-    for (int64_t j = columns; j < kPanel; ++j) to[j] = 0;
+FASTLLM_INLINE void copy_row(float* to, const typename Words::Number* from, int64_t stride,
+                             bool has_next, int64_t columns, int64_t panel) {
+  int64_t j = 0;
+  for (; j + kPanel <= columns; j += kPanel, to += panel) {
+    store(to, Words::across(from + j, stride, has_next, AllLanes{}));
+    store(to + kLanes, Words::across(from + j + kLanes, stride, has_next, AllLanes{}));
   }
+  if (j == columns) return;
+  for (int64_t i = 0; i < kPanel; i += kLanes) store(to + i, Vec{});
+  for_each_vector(columns - j, [&](int64_t i, auto lanes) {
+    store(to + i, Words::across(from + j + i, stride, has_next, lanes), lanes);
+  });
 }
 
-// Panel after panel, each [words][kPanel].
+// Panel after panel, each [words][kPanel]. The memory is read in its own order.
 template <class Words>
 void pack_b(float* packed, const Matmul& m, int64_t depth_begin, int64_t depth, int64_t first,
             int64_t columns) {
-  for (int64_t j = 0; j < columns; j += kPanel, packed += kPanel * words<Words>(depth)) {
-    const int64_t width = smaller(kPanel, columns - j);
-    const auto* from = at<Words>(m.b, depth_begin, first + j);
-    if (m.b.column_stride == 1) {
-      copy_panel<Words>(packed, from, m.b.row_stride, width, depth);
-    } else {
-      copy_transposed<Words>(packed, from, m.b.column_stride, width, words<Words>(depth));
+  const int64_t count = words<Words>(depth), panel = kPanel * count;
+  const auto* from = at<Words>(m.b, depth_begin, first);
+  if (m.b.column_stride == 1) {
+    for (int64_t d = 0; d < count; ++d) {
+      const int64_t number = d * Words::kNumbers;
+      copy_row<Words>(packed + d * kPanel, from + number * m.b.row_stride, m.b.row_stride,
+                      number + 1 < depth, columns, panel);
     }
+    return;
+  }
+  for (int64_t j = 0; j < columns; j += kPanel, packed += panel) {
+    copy_transposed<Words>(packed, from + j * m.b.column_stride, m.b.column_stride,
+                           smaller(kPanel, columns - j), count);
   }
 }
 

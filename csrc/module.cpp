@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "bindings_decoder.h"
 #include "dispatch.h"
 #include "memory.h"
 #include "processor.h"
@@ -19,4 +20,5 @@ PYBIND11_MODULE(_C, module) {
              "Whether this processor multiplies bf16 faster than fp32.");
   module.def("keep_memory", &fastllm::keep_memory,
              "Keep freed memory for the next allocations; whether the C library can.");
+  fastllm::bind_decoder(module);
 }

@@ -237,8 +237,13 @@ FASTLLM_INLINE void store(T* p, Vec v, SomeLanes lanes) {
 // The lanes that count, and `other` in the lanes that do not.
 FASTLLM_INLINE Vec only(Vec v, AllLanes, float /*other*/) { return v; }
 FASTLLM_INLINE Vec only(Vec v, SomeLanes lanes, float other) {
+#if defined(__AVX512F__)
+  const __m512 others = bit_cast<__m512>(broadcast(other));
+  return bit_cast<Vec>(_mm512_mask_blend_ps(mask(lanes), others, bit_cast<__m512>(v)));
+#else
   for (int i = lanes.count; i < kLanes; ++i) v[i] = other;
   return v;
+#endif
 }
 
 // Calls step(i, lanes) for the vectors that start at i = 0, kLanes, ... of a row of n numbers.

@@ -10,7 +10,9 @@ __version__ = "0.1.0"
 # Public names and where they live. They are imported on first use, so that the command line
 # answers `--help` without loading torch.
 _HOMES = {
+    "BestCompletion": ".training.selection",
     "Completion": ".generation",
+    "Engine": ".generation",
     "Example": ".data.examples",
     "GRPOConfig": ".training.config",
     "GRPOTrainer": ".training.grpo",
@@ -27,6 +29,7 @@ _HOMES = {
     "SamplingParams": ".generation",
     "Tokenizer": ".data.tokenizer",
     "Transformer": ".model.transformer",
+    "best_of_n": ".training.selection",
     "format_example": ".data.examples",
     "generate": ".generation",
     "load_reward_model": ".training.rm",

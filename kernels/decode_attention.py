@@ -1,10 +1,11 @@
 """Attention of one new token per sequence over the KV cache (split-KV, as in Flash-Decoding).
 
-The cache is a prompt per group and a tail per sequence. Keys are read in *splits*, so that few
-sequences still fill the GPU; each split leaves a partial softmax, and a last kernel combines them.
-All query heads of a key head share each tile of keys. In the prompts, so do the sequences of a
-group: a tile of sequences reads each of its prompts once. The grid depends on shapes only, and
-every length is read on the device: nothing waits for the host, and a CUDA graph can replay it.
+The cache is blocks of 64 tokens: some belong to a prompt, some to a sequence's tail. Keys are read
+in *splits*, so that few sequences still fill the GPU; each split leaves a partial softmax, and a
+last kernel combines them. All query heads of a key head share each tile of keys. In the prompts,
+so do the sequences of a group: a tile of sequences reads each of its prompts once. The grid depends
+on shapes only, and every length is read on the device: nothing waits for the host, and a CUDA graph
+can replay it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from .launch import is_cuda, num_processors, on_tensor_device, schedule
 from .numerics import LOG2E, LOWEST, dot, dot_precision, narrow
 from .tiles import NO_WINDOW, head_block, load_rows, softmax_step
 
+# Tokens of a block of the cache.
+BLOCK = tl.constexpr(64)
+
 # Rows (sequences x heads) of a query tile: what a tensor core takes, and what registers hold of
 # elements of 2 and of 4 bytes.
 _MIN_ROWS = 16
@@ -28,13 +32,12 @@ _MAX_SPLITS = 32
 @on_tensor_device
 def forward(
     q: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    prefix_starts: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    prefix_blocks: Tensor,
+    prefix_lengths: Tensor,
     group: Tensor,
-    tail_k: Tensor,
-    tail_v: Tensor,
-    tail_rows: Tensor,
+    tail_blocks: Tensor,
     tail_lengths: Tensor,
     scale: float,
     window: int,
@@ -43,11 +46,12 @@ def forward(
 
     Args:
         q: [B, H, D].
-        prefix_k, prefix_v: [Tp, K, D], the prompts one after another.
-        prefix_starts: first row of each prompt, and Tp at the end [G + 1], int32.
+        keys: [N, K, D, 64].
+        values: [N, K, 64, D]; the new token's key and value are in.
+        prefix_blocks: blocks of each prompt [G, ?], int32.
+        prefix_lengths: tokens of each prompt [G], int32.
         group: prompt of each sequence [B], int32; fastest when equal ones are neighbours.
-        tail_k, tail_v: [R, M, K, D]; the new token's key and value are in.
-        tail_rows: row of the tails for each sequence [B], int32.
+        tail_blocks: blocks of each tail [B, ?], int32.
         tail_lengths: tokens in each tail [B], int32.
         scale: factor of the scores, > 0.
         window: the new token at position p sees positions > p - window; 0 for all.
@@ -59,12 +63,12 @@ def forward(
     out = torch.empty_like(q)
     if not batch:
         return out
-    key_heads = tail_k.shape[2]
-    share = triton.cdiv(batch, max(1, prefix_starts.numel() - 1))
+    key_heads = keys.shape[1]
+    share = triton.cdiv(batch, max(1, prefix_lengths.numel()))
     rows, sequences = _query_tile(heads // key_heads, share, q.element_size())
     tiles = triton.cdiv(batch, sequences)
-    prefix_splits = _splits(prefix_k.shape[0], tiles * key_heads, q.device)
-    tail_splits = _splits(tail_k.shape[1], batch * key_heads, q.device)
+    prefix_splits = _splits(prefix_blocks.shape[1], tiles * key_heads, q.device)
+    tail_splits = _splits(tail_blocks.shape[1], batch * key_heads, q.device)
     splits = prefix_splits + tail_splits
     partial = q.new_empty((batch, heads, splits, head_dim), dtype=torch.float32)
     lse = q.new_empty((batch, heads, splits), dtype=torch.float32)
@@ -80,14 +84,16 @@ def forward(
     if prefix_splits:
         decode_prefix_kernel[(tiles, key_heads, prefix_splits)](
             q,
-            prefix_k,
-            prefix_v,
-            prefix_starts,
+            keys,
+            values,
+            prefix_blocks,
+            prefix_lengths,
             group,
             tail_lengths,
             partial,
             lse,
             batch,
+            prefix_blocks.shape[1],
             splits,
             *limits,
             ROWS=rows,
@@ -98,13 +104,13 @@ def forward(
     if tail_splits:
         decode_tail_kernel[(batch, key_heads, tail_splits)](
             q,
-            tail_k,
-            tail_v,
-            tail_rows,
+            keys,
+            values,
+            tail_blocks,
             tail_lengths,
-            tail_k.shape[1],
             partial,
             lse,
+            tail_blocks.shape[1],
             splits,
             *limits,
             ROWS=max(_MIN_ROWS, triton.next_power_of_2(heads // key_heads)),
@@ -136,28 +142,30 @@ def _query_tile(heads: int, share: int, element_size: int) -> tuple[int, int]:
     return rows, rows // heads
 
 
-def _splits(keys: int, programs: int, device: torch.device) -> int:
-    """Into how many parts at most `keys` keys are read when there are `programs` without splits.
+def _splits(blocks: int, programs: int, device: torch.device) -> int:
+    """Into how many parts at most `blocks` blocks are read when `programs` read them whole.
 
-    A power of two, which keeps the number of compiled variants small; 0 when there are no keys.
+    A power of two, which keeps the number of compiled variants small; 0 when there are no blocks.
     """
-    if not keys:
+    if not blocks:
         return 0
-    wanted = min(4 * num_processors(device) // programs, triton.cdiv(keys, 128), _MAX_SPLITS)
+    wanted = min(4 * num_processors(device) // programs, triton.cdiv(blocks, 2), _MAX_SPLITS)
     return 1 << (max(1, wanted).bit_length() - 1)
 
 
-@triton.jit(do_not_specialize=["num_sequences", "num_splits", "scale", "window"])
+@triton.jit(do_not_specialize=["num_sequences", "num_columns", "num_splits", "scale", "window"])
 def decode_prefix_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
-    prefix_starts_ptr,
+    prefix_blocks_ptr,
+    prefix_lengths_ptr,
     group_ptr,
     tail_lengths_ptr,
     partial_ptr,
     lse_ptr,
     num_sequences,
+    num_columns,
     num_splits,
     scale,
     window,
@@ -188,27 +196,19 @@ def decode_prefix_kernel(
     for leader in range(0, tl.minimum(num_sequences - first, SEQUENCES).to(tl.int32)):
         group = tl.load(group_ptr + first + leader)
         in_group = groups == group
-        start = tl.load(prefix_starts_ptr + group).to(tl.int64)
-        length = tl.load(prefix_starts_ptr + group + 1) - start
+        length = tl.load(prefix_lengths_ptr + group)
+        blocks_ptr = prefix_blocks_ptr + group.to(tl.int64) * num_columns
         # The first sequence of a group in this tile reads the prompt, for all of them.
         read_before = tl.max((in_group & (member < leader)).to(tl.int32), axis=0) > 0
         # A query sees positions from `oldest` on.
         oldest = tl.where(in_group, tl.maximum(length + tails - window, 0), length)
-        begin, end = part(
-            tl.minimum(tl.min(oldest, axis=0), length),
-            length,
-            split,
-            tl.num_programs(2),
-            BLOCK_N,
-        )
+        begin, end = part(tl.min(oldest, axis=0), length, split, tl.num_programs(2), BLOCK_N)
         end = tl.where(read_before, begin, end)
         for index in range(begin, end, BLOCK_N):
-            offset = ((start + index) * K + key_head) * D
-            k = load_rows(k_ptr + offset, end - index, K * D, BLOCK_N, D, BLOCK_D, True)
-            v = load_rows(v_ptr + offset, end - index, K * D, BLOCK_N, D, BLOCK_D, True)
+            k, v = load_keys(k_ptr, v_ptr, blocks_ptr, index, end, key_head, K, D, BLOCK_D, BLOCK_N)
             keys = index + tl.arange(0, BLOCK_N)[None, :]
             seen = in_group[:, None] & (keys >= oldest[:, None]) & (keys < end)
-            scores = tl.where(seen, dot(q, tl.trans(k), None, PRECISION), float("-inf"))
+            scores = tl.where(seen, dot(q, k, None, PRECISION), float("-inf"))
             out, top, total = softmax_step(scores, scale, v, out, top, total, PRECISION)
     store_partial(
         partial_ptr,
@@ -223,16 +223,16 @@ def decode_prefix_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["tail_capacity", "num_splits", "scale", "window"])
+@triton.jit(do_not_specialize=["num_columns", "num_splits", "scale", "window"])
 def decode_tail_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
-    tail_rows_ptr,
+    tail_blocks_ptr,
     tail_lengths_ptr,
-    tail_capacity,
     partial_ptr,
     lse_ptr,
+    num_columns,
     num_splits,
     scale,
     window,
@@ -256,15 +256,15 @@ def decode_tail_kernel(
     out = tl.zeros((ROWS, BLOCK_D), tl.float32)
     top = tl.full((ROWS,), LOWEST, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
-    start = tl.load(tail_rows_ptr + sequence).to(tl.int64) * tail_capacity
+    blocks_ptr = tail_blocks_ptr + sequence * num_columns
     length = tl.load(tail_lengths_ptr + sequence)
-    begin, end = part(tl.maximum(length - window, 0), length, split, tl.num_programs(2), BLOCK_N)
+    oldest = tl.maximum(length - window, 0)
+    begin, end = part(oldest, length, split, tl.num_programs(2), BLOCK_N)
     for index in range(begin, end, BLOCK_N):
-        offset = ((start + index) * K + key_head) * D
-        k = load_rows(k_ptr + offset, end - index, K * D, BLOCK_N, D, BLOCK_D, True)
-        v = load_rows(v_ptr + offset, end - index, K * D, BLOCK_N, D, BLOCK_D, True)
-        seen = index + tl.arange(0, BLOCK_N)[None, :] < end
-        scores = tl.where(seen, dot(q, tl.trans(k), None, PRECISION), float("-inf"))
+        k, v = load_keys(k_ptr, v_ptr, blocks_ptr, index, end, key_head, K, D, BLOCK_D, BLOCK_N)
+        keys = index + tl.arange(0, BLOCK_N)[None, :]
+        seen = (keys >= oldest) & (keys < end)
+        scores = tl.where(seen, dot(q, k, None, PRECISION), float("-inf"))
         out, top, total = softmax_step(scores, scale, v, out, top, total, PRECISION)
     # The splits of the tail come after those of the prefix.
     place = rows * num_splits + num_splits - tl.num_programs(2) + split
@@ -304,11 +304,40 @@ def load_queries(q_ptr, rows, valid, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def part(first, end, split, num_splits, BLOCK: tl.constexpr):
-    """The split-th of num_splits parts of first..end, in whole blocks; empty past the end."""
-    blocks = tl.cdiv(tl.cdiv(end - first, BLOCK), num_splits)
-    begin = tl.minimum(first + split * blocks * BLOCK, end)
-    return begin, tl.minimum(begin + blocks * BLOCK, end)
+def load_keys(
+    k_ptr,
+    v_ptr,
+    blocks_ptr,
+    index,
+    end,
+    key_head,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Keys [BLOCK_D, BLOCK_N] and values [BLOCK_N, BLOCK_D] of a run's tokens from `index` on.
+
+    The index is a multiple of BLOCK_N, so they lie in one block. Past `end` there are zeros for
+    values, which no weight makes finite again, but any number for keys.
+    """
+    column = index // BLOCK
+    place = tl.multiple_of(index - column * BLOCK, BLOCK_N)
+    block = tl.load(blocks_ptr + column).to(tl.int64)
+    head = (block * K + key_head) * (D * BLOCK)
+    k = load_rows(k_ptr + head + place, D, BLOCK, BLOCK_D, BLOCK_N, BLOCK_N, BLOCK_D != D)
+    v = load_rows(v_ptr + head + place * D, end - index, D, BLOCK_N, D, BLOCK_D, True)
+    return k, v
+
+
+@triton.jit
+def part(first, end, split, num_splits, BLOCK_N: tl.constexpr):
+    """The split-th of num_splits parts of first..end, in tiles that start at multiples of BLOCK_N;
+    empty past the end."""
+    tile = tl.minimum(first, end) // BLOCK_N
+    tiles = tl.cdiv(tl.cdiv(end, BLOCK_N) - tile, num_splits)
+    begin = (tile + split.to(tl.int32) * tiles) * BLOCK_N
+    return begin, tl.minimum(begin + tiles * BLOCK_N, end)
 
 
 @triton.jit

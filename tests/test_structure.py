@@ -131,7 +131,7 @@ def test_an_op_goes_by_the_same_name_in_every_room(op, file):
 
 def test_every_op_is_listed():
     # A GPU's matrix products are its vendor's: matmul has no Triton kernel.
-    helpers = {"__init__", "backend", "cpp", "inputs", "matmul"}
+    helpers = {"__init__", "backend", "cpp", "inputs", "matmul", "shapes"}
     assert {path.stem for path in sources("fastllm/ops")} - helpers == set(OPS)
     assert {path.stem for path in sources("bench/ops")} - helpers == set(OPS)
 

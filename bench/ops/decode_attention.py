@@ -11,25 +11,27 @@ from torch import Tensor
 from bench.cases import Case, Peer, Suite
 from fastllm.ops import decode_attention, decode_attention_reference
 
+BLOCK = 64
+
 
 def case(
     prompts: int, group_size: int, prompt: int, tail: int, heads: int, key_heads: int, head_dim: int
 ) -> Case:
     """`prompts` prompts with `group_size` sequences each, `tail` tokens into their answers."""
     size = prompts * group_size
+    prompt_blocks, tail_blocks = -(-prompt // BLOCK), -(-tail // BLOCK)
+    used = prompts * prompt_blocks
 
     def inputs() -> dict[str, torch.Tensor]:
-        prefix = torch.randn(2, prompts * prompt, key_heads, head_dim)
-        tails = torch.randn(2, size, tail, key_heads, head_dim)
+        blocks = torch.randperm(used + size * tail_blocks).int()
         return {
             "q": torch.randn(size, heads, head_dim),
-            "prefix_k": prefix[0],
-            "prefix_v": prefix[1],
-            "prefix_starts": torch.arange(prompts + 1, dtype=torch.int32) * prompt,
+            "keys": torch.randn(blocks.numel(), key_heads, head_dim, BLOCK),
+            "values": torch.randn(blocks.numel(), key_heads, BLOCK, head_dim),
+            "prefix_blocks": blocks[:used].view(prompts, prompt_blocks),
+            "prefix_lengths": torch.full((prompts,), prompt, dtype=torch.int32),
             "group": torch.arange(prompts, dtype=torch.int32).repeat_interleave(group_size),
-            "tail_k": tails[0],
-            "tail_v": tails[1],
-            "tail_rows": torch.arange(size, dtype=torch.int32),
+            "tail_blocks": blocks[used:].view(size, tail_blocks),
             "tail_lengths": torch.full((size,), tail, dtype=torch.int32),
         }
 
@@ -56,16 +58,17 @@ def grouped_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def cache(arguments: dict[str, Any]) -> dict[str, Any]:
     """The cache that a generating program keeps: [B, K, L, D], prompt and tail in one piece."""
-    starts, group = arguments["prefix_starts"].tolist(), arguments["group"].tolist()
-
-    def whole(name: str) -> Tensor:
-        prefix, tail = arguments[f"prefix_{name}"], arguments[f"tail_{name}"]
-        rows = [
-            torch.cat((prefix[starts[g] : starts[g + 1]], tail[i])) for i, g in enumerate(group)
-        ]
-        return torch.stack(rows).transpose(1, 2).contiguous()
-
-    return {"q": arguments["q"], "k": whole("k"), "v": whole("v")}
+    group = arguments["group"].long()
+    runs = [
+        (arguments["prefix_blocks"][group].long(), int(arguments["prefix_lengths"][0])),
+        (arguments["tail_blocks"].long(), int(arguments["tail_lengths"][0])),
+    ]
+    keys = arguments["keys"].transpose(2, 3)
+    k, v = (
+        torch.cat([pool[at].transpose(1, 2).flatten(2, 3)[:, :, :n] for at, n in runs], dim=2)
+        for pool in (keys, arguments["values"])
+    )
+    return {"q": arguments["q"], "k": k.contiguous(), "v": v.contiguous()}
 
 
 SUITE = Suite(
@@ -73,6 +76,10 @@ SUITE = Suite(
     decode_attention_reference,
     (
         case(8, 8, 32, 32, 4, 2, 32),
+        case(8, 8, 512, 64, 4, 2, 32),
+        case(64, 1, 128, 64, 4, 2, 32),
+        case(32, 1, 512, 128, 12, 4, 64),
+        case(1, 1, 1984, 64, 12, 4, 64),
         case(32, 1, 768, 256, 32, 8, 64),
         case(4, 8, 768, 256, 32, 8, 64),
         case(32, 1, 768, 256, 32, 8, 128),

@@ -22,10 +22,15 @@ def main() -> None:
         help="folder of the environment (default: %(default)s; elsewhere, tell the benchmark by "
         "FASTLLM_PEERS)",
     )
-    folder = parser.parse_args().path
-    for name, version in environment.set_up(folder).items():
+    parser.add_argument(
+        "--llama-cpp",
+        action="store_true",
+        help="build llama.cpp too, for this processor: needs a C++ compiler and some minutes",
+    )
+    options = parser.parse_args()
+    for name, version in environment.set_up(options.path, options.llama_cpp).items():
         print(f"{name} {version}")
-    print(f"ready in {folder}")
+    print(f"ready in {options.path}")
 
 
 if __name__ == "__main__":

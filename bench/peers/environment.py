@@ -14,6 +14,12 @@ FOLDER = Path(os.environ.get("FASTLLM_PEERS") or ROOT / ".peers-venv")
 PACKAGES = ("transformers", "trl", "peft", "datasets", "accelerate")
 COMMAND = "python -m bench.peers"
 
+# llama.cpp is compiled for the processor that it runs on, which takes minutes.
+LLAMA = "llama-cpp-python"
+EXTRAS = (LLAMA, "gguf")
+EXTRA_COMMAND = f"{COMMAND} --llama-cpp"
+NATIVE = "-DGGML_NATIVE=ON"
+
 _VERSIONS = (
     "import json, sys\n"
     "from importlib import metadata\n"
@@ -42,7 +48,7 @@ def missing(interpreter: Path) -> list[str]:
 def versions(interpreter: Path) -> dict[str, str]:
     """Versions of the peers as an interpreter has them, torch first."""
     answer = subprocess.run(
-        [str(interpreter), "-c", _VERSIONS, "torch", *PACKAGES],
+        [str(interpreter), "-c", _VERSIONS, "torch", *PACKAGES, *EXTRAS],
         capture_output=True,
         text=True,
         check=True,
@@ -50,8 +56,13 @@ def versions(interpreter: Path) -> dict[str, str]:
     return json.loads(answer.stdout)
 
 
-def set_up(folder: Path) -> dict[str, str]:
-    """Make the environment, or complete one that is there; what it holds already stays."""
+def set_up(folder: Path, llama: bool = False) -> dict[str, str]:
+    """Make the environment, or complete one that is there; what it holds already stays.
+
+    Args:
+        folder: the environment.
+        llama: build llama.cpp too (a C++ compiler and some minutes).
+    """
     interpreter = folder / "bin" / "python"
     if not interpreter.exists():
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
@@ -60,6 +71,9 @@ def set_up(folder: Path) -> dict[str, str]:
         _install(interpreter, [torch_requirement()])
     if rest := [name for name in lacking if name != "torch"]:
         _install(interpreter, [*rest, torch_requirement()])
+    found = versions(interpreter)
+    if llama and (wanted := [name for name in EXTRAS if name not in found]):
+        _install(interpreter, wanted)
     return versions(interpreter)
 
 
@@ -70,4 +84,5 @@ def torch_requirement() -> str:
 
 def _install(interpreter: Path, requirements: list[str]) -> None:
     pip = [str(interpreter), "-m", "pip", "--disable-pip-version-check", "install", "-q"]
-    subprocess.run([*pip, *requirements], check=True)
+    environment = {"CMAKE_ARGS": NATIVE} | os.environ
+    subprocess.run([*pip, *requirements], check=True, env=environment)

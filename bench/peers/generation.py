@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import AutoModelForCausalLM
 
+from bench.steps.drawing import Drawn, in_parts
 from bench.steps.job import Job
 from bench.steps.turns import Block
 
@@ -15,22 +16,24 @@ def generate(job: Job) -> Block:
     model = AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype).eval()
     if settings.get("compile"):
         model.forward = torch.compile(model.forward)
-    ids = torch.tensor([record["ids"] for record in job.records])
+    ids = torch.tensor([record["ids"] for record in job.records]).repeat_interleave(job.group, 0)
+    new = max(record.get("new_tokens", job.new_tokens) for record in job.records)
     options = {
         "attention_mask": torch.ones_like(ids),
         "do_sample": False,
-        "min_new_tokens": job.new_tokens,
-        "max_new_tokens": job.new_tokens,
         "eos_token_id": None,
         "pad_token_id": 0,
+        "return_dict_in_generate": True,
     }
     if settings.get("cache") == "static":
         options["cache_implementation"] = "static"
 
-    def block(count: int) -> list[float]:
+    def draw(whole: bool) -> Drawn:
+        count = new if whole else 1
         with torch.no_grad():
-            for _ in range(count):
-                drawn = model.generate(ids, **options)
-        return drawn[:, ids.shape[1] : ids.shape[1] + 8].flatten().float().tolist()
+            found = model.generate(ids, min_new_tokens=count, max_new_tokens=count, **options)
+        layers = found.past_key_values.layers
+        held = sum(t.nbytes for layer in layers for t in (layer.keys, layer.values))
+        return Drawn(found.sequences[:, ids.shape[1] :].tolist(), held)
 
-    return block
+    return in_parts(draw, [new] * len(ids), job.compared)

@@ -79,7 +79,46 @@ def score_pairs(job: Job) -> Block:
     return block
 
 
-BLOCKS = {"rm": reward_loop, "sft": sft_loop, "score": score, "score_pairs": score_pairs}
+def group_pass(job: Job) -> Block:
+    """A GRPO group as TRL computes it: every completion behind its own copy of the prompt."""
+    from trl.trainer.utils import entropy_from_logits, selective_log_softmax
+
+    model = _model(AutoModelForCausalLM, job).train()
+    parameters = list(model.parameters())
+    (record,) = job.records
+    ids = torch.tensor([record["ids"] + completion for completion in record["completions"]])
+    mask, new = torch.ones_like(ids), len(record["completions"][0])
+    advantages = torch.tensor(record["advantages"])[:, None]
+
+    def step() -> tuple[float, float]:
+        logits = model(
+            input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=new + 1
+        ).logits[:, :-1]
+        logp = selective_log_softmax(logits, ids[:, -new:])
+        with torch.no_grad():
+            entropy_from_logits(logits)
+        loss = -(advantages * logp).mean()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+        for parameter in parameters:
+            parameter.grad = None
+        return float(loss.detach()), float(norm)
+
+    def block(count: int) -> list[float]:
+        for _ in range(count):
+            found = step()
+        return list(found)
+
+    return block
+
+
+BLOCKS = {
+    "rm": reward_loop,
+    "sft": sft_loop,
+    "score": score,
+    "score_pairs": score_pairs,
+    "group_pass": group_pass,
+}
 
 
 def _training(

@@ -18,6 +18,7 @@ from transformers import (
 )
 from trl import GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
+from bench.peers.stopwatch import Stopwatch
 from bench.steps.job import Job, letters
 from bench.steps.turns import Line, Turns
 
@@ -73,7 +74,8 @@ def grpo_trainer(line: Line, job: Job, scratch: str) -> GRPOTrainer:
     tokenizer = AutoTokenizer.from_pretrained(job.model, padding_side="left")
     reward: Any = _reward_model(job.reward_model) if job.reward_model else letters
     reader: Any = Ending(tokenizer) if job.reward_model else None
-    return GRPOTrainer(
+    watch = Stopwatch()
+    trainer = GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32),
         reward_funcs=reward,
         args=GRPOConfig(
@@ -87,8 +89,10 @@ def grpo_trainer(line: Line, job: Job, scratch: str) -> GRPOTrainer:
         train_dataset=Dataset.from_list(job.records),
         processing_class=tokenizer,
         reward_processing_classes=reader,
-        callbacks=[Clock(line, ("reward", "completions/mean_length"))],
+        callbacks=[Clock(line, ("reward", "completions/mean_length"), watch.parts)],
     )
+    watch.follow(trainer)
+    return trainer
 
 
 TRAINERS: dict[str, Any] = {"rm": reward_trainer, "sft": sft_trainer, "grpo": grpo_trainer}
@@ -102,7 +106,8 @@ def _arguments(job: Job, scratch: str) -> dict[str, Any]:
     common = {
         "output_dir": scratch,
         "use_cpu": True,
-        "per_device_train_batch_size": job.batch,
+        "per_device_train_batch_size": job.batch // job.passes,
+        "gradient_accumulation_steps": job.passes,
         "max_steps": job.endless,
         "learning_rate": job.learning_rate,
         "lr_scheduler_type": "constant",

@@ -2,12 +2,13 @@
 
 `python -m bench.peers.worker FOLDER SETTINGS`, in the peers' environment. The settings, JSON:
 
-    by        "trl" or "transformers"
+    by        "trl", "transformers" or "llama.cpp"
     dtype     "fp32", "amp" (autocast to bf16) or "bf16" (weights too); TRL: "fp32" or "amp"
     compile   torch.compile the step
     defaults  TRL: leave every setting that concerns speed as the library has it
     packing   TRL's SFT: its own packing, batch rows of `max_length`
     cache     generate: "dynamic" or "static"
+    weights   llama.cpp: "f32", "bf16" or "q8_0"
     sort      score_pairs: each batch in four parts, sequences of like length together
 """
 
@@ -51,6 +52,10 @@ def main() -> None:
                 from bench.peers import trainers
 
                 trainers.TRAINERS[job.kind](line, job, scratch).train()
+        elif job.settings["by"] == "llama.cpp":
+            from bench.peers import llama
+
+            serve(line, llama.generate(job))
         elif job.kind == "generate":
             from bench.peers import generation
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import statistics
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from .. import harness
 from ..options import Options
@@ -17,6 +19,7 @@ from ..records import OURS as NAME
 from ..records import Record
 from . import workers
 from .job import Job
+from .limits import Limit
 from .material import NotHere
 from .workers import Contender, Failed, Worker
 
@@ -35,8 +38,10 @@ class Case:
     job: Callable[[Path], Job]
     """Writes model and records into a folder."""
     contenders: tuple[Contender, ...]
-    reference: str
-    """The contender whose results are taken for right."""
+    reference: str = ""
+    """The contender whose results are taken for right; not needed with a judge."""
+    judge: Callable[[Path, list[float]], list[float]] | None = None
+    """How wrong each of a block's results is, given the folder of the job: 0 where it is right."""
     work: float
     """Amount of `unit` in a step; with `per_token`, the tokens for which times are given."""
     unit: str
@@ -54,6 +59,14 @@ class Case:
     rounds: int | None = None
     gigabytes: float = 1.0
     """Memory that a contender may take: no more of them are started than fit."""
+    parts: Mapping[str, tuple[float, str]] = field(default_factory=dict)
+    """Parts of a step that have records of their own, and how much of which unit each does."""
+    limits: Mapping[str, Limit] = field(default_factory=dict)
+    """What the machine would need for a part; "" is the whole."""
+    held: bool = False
+    """Memory is what contenders say that they held (a cache), not all that the process had."""
+    asked_as: str = ""
+    """The dtype by which `--dtypes` asks for it; "" for its own."""
 
 
 def run_all(cases: Iterable[Case], options: Options) -> Iterator[Record]:
@@ -61,13 +74,14 @@ def run_all(cases: Iterable[Case], options: Options) -> Iterator[Record]:
     if options.data is not None:
         os.environ["FASTLLM_DATA"] = str(options.data)
     for case in cases:
-        if case.dtype in options.dtypes and options.wants(f"{case.name} {case.size}"):
+        dtype = case.asked_as or case.dtype
+        if dtype in options.dtypes and options.wants(f"{case.name} {case.size}"):
             try:
                 if options.device != "cpu":
                     raise NotHere("compared on the CPU only: --device cpu")
                 yield from run(case, options)
             except NotHere as reason:
-                yield Record(case.section, case.name, case.size, case.dtype, NAME, note=str(reason))
+                yield _silent(case, NAME, str(reason))
 
 
 def run(case: Case, options: Options) -> Iterator[Record]:
@@ -79,14 +93,18 @@ def run(case: Case, options: Options) -> Iterator[Record]:
     if options.quick:
         present = [c for c in present if c.keep_memory]
     if python is None:
-        note = f"no peers: {environment.COMMAND} sets them up"
-        yield Record(case.section, case.name, case.size, case.dtype, "peers", note=note)
+        yield _silent(case, "peers", f"no peers: {environment.COMMAND} sets them up")
+    else:
+        for contender in _lacking(present, python):
+            present.remove(contender)
+            note = f"{contender.package} is not installed: {environment.EXTRA_COMMAND} builds it"
+            yield _silent(case, contender.name, note)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         dataclasses.replace(case.job(folder), threads=options.threads).write(folder)
         contest = Contest(case, folder, options, python or Path())
         try:
-            yield from contest.run(present, _reference(case, present))
+            yield from contest.run(present, None if case.judge else _reference(case, present))
         finally:
             contest.close()
 
@@ -99,17 +117,20 @@ class Contest:
         self._running: dict[str, Worker] = {}
         self._excluded: dict[str, str] = {}
         self._steps: dict[str, int] = {}
+        self._answers: dict[str, list[dict[str, Any]]] = {}
 
-    def run(self, present: Sequence[Contender], reference: Contender) -> Iterator[Record]:
-        """All parties, one after the other."""
-        self._start(reference)
-        if reference.name not in self._running:
-            note = f"no reference: {reference.name}: {self._excluded[reference.name]}"
-            yield from (self._without(c.name, note, self._case.size) for c in present)
-            return
-        expected = _results(self._running[reference.name])
+    def run(self, present: Sequence[Contender], reference: Contender | None) -> Iterator[Record]:
+        """All parties, one after the other; without a reference, the case judges."""
+        expected = None
+        if reference is not None:
+            self._start(reference)
+            if reference.name not in self._running:
+                note = f"no reference: {reference.name}: {self._excluded[reference.name]}"
+                yield from (_silent(self._case, c.name, note) for c in present)
+                return
+            expected = _results(self._running[reference.name])
         parties = _parties(present, self._case.gigabytes)
-        if reference.name not in [c.name for c in parties[0]]:
+        if reference is not None and reference.name not in [c.name for c in parties[0]]:
             self.close()  # no party has room for a guest
         for party in parties:
             size = self._case.size
@@ -118,7 +139,7 @@ class Contest:
             for contender in party:
                 self._start(contender)
                 self._compare(contender, expected)
-            yield from self._measure([c.name for c in party], reference.name, size)
+            yield from self._measure([c.name for c in party], size)
             self.close()
 
     def close(self) -> None:
@@ -148,11 +169,15 @@ class Contest:
         steps = round((0.5 if self._options.quick else 2.0) / seconds)
         self._steps[contender.name] = self._case.block_steps or max(1, min(200, steps))
 
-    def _compare(self, contender: Contender, expected: list[float]) -> None:
-        """Let nobody go on whose results are not those of the reference."""
+    def _compare(self, contender: Contender, expected: list[float] | None) -> None:
+        """Let nobody go on whose results are not those that are expected."""
         if contender.name not in self._running:
             return
         case, found = self._case, _results(self._running[contender.name])
+        if expected is None:
+            assert case.judge is not None
+            found = case.judge(self._folder, found)
+            expected = [0.0] * len(found)
         tolerance = case.tolerance if contender.tolerance is None else contender.tolerance
         pairs = list(zip(found, expected, strict=True))[: contender.compared]
         differences = [abs(a - b) for a, b in pairs]
@@ -168,12 +193,13 @@ class Contest:
         self._excluded[name] = why
         self._running.pop(name).kill()
 
-    def _measure(self, names: list[str], reference: str, size: str) -> Iterator[Record]:
-        case = self._case
+    def _measure(self, names: list[str], size: str) -> Iterator[Record]:
+        case = dataclasses.replace(self._case, size=size)
         timed = {name: self._running[name] for name in names if name in self._running}
         yield from (
-            self._without(name, self._excluded[name], size) for name in names if name not in timed
+            _silent(case, name, self._excluded[name]) for name in names if name not in timed
         )
+        self._answers = {name: [] for name in timed}
         try:
             turns = harness.in_turns(
                 {name: functools.partial(self._block, name) for name in timed},
@@ -182,31 +208,77 @@ class Contest:
             curves = {name: worker.curve for name, worker in timed.items()}
             peaks = {name: worker.end() for name, worker in timed.items()}
         except Failed as failure:
-            yield from (self._without(name, f"not timed: {failure}", size) for name in timed)
+            yield from (_silent(case, name, f"not timed: {failure}") for name in timed)
             return
-        compared = curves.get(reference) if case.block_steps else None
-        notes = {name: _about(curves[name], compared) for name in timed}
+        kept = {name: [answers[i] for i in turns.kept] for name, answers in self._answers.items()}
+        compared = curves.get(case.reference) if case.block_steps else None
+        notes = {name: _about(curves[name], compared) for name in timed} if case.curve else {}
+        if case.held:
+            peaks = {name: _held(answers) for name, answers in kept.items()}
+        yield from self._records(case, "", turns, peak_bytes=peaks, note=notes)
+        for part in case.parts:
+            rounds = {name: _part(part, answers) for name, answers in kept.items()}
+            measured = {name: seconds for name, seconds in rounds.items() if seconds is not None}
+            yield from self._records(case, part, dataclasses.replace(turns, rounds=measured))
+
+    def _records(
+        self, case: Case, part: str, turns: harness.Turns, **more: Any
+    ) -> Iterator[Record]:
+        """The records of the whole (part "") or of a part, held against what limits it."""
+        notes = dict(more.pop("note", {}))
+        limit, reached = case.limits.get(part), {}
+        if limit is not None:
+            seconds = limit.seconds(self._options)
+            reached = {n: seconds / statistics.median(r) for n, r in turns.rounds.items()}
+            words = limit.words(self._options)
+            notes = {
+                name: ", ".join(filter(None, (notes.get(name), words * (name == NAME))))
+                for name in turns.rounds
+            }
+        work, unit = case.parts[part] if part else (case.work, case.unit)
         yield from turns.records(
             case.section,
-            case.name,
-            size,
+            f"{case.name}, {part}" if part else case.name,
+            case.size,
             case.dtype,
-            work=case.work,
-            unit=case.unit,
-            peak_bytes=peaks,
-            note=notes if case.curve else "",
+            work=work,
+            unit=unit,
+            roofline=reached,
+            note={name: notes.get(name, "") for name in turns.rounds},
+            **more,
         )
 
     def _block(self, name: str) -> float:
         """Seconds for `work` of one block."""
         answer = self._running[name].block(self._steps[name])
+        self._answers[name].append(answer)
         if self._case.per_token:
             return answer["seconds"] / answer["tokens"] * self._case.work
         return answer["seconds"] / answer["steps"]
 
-    def _without(self, contender: str, note: str, size: str) -> Record:
-        case = self._case
-        return Record(case.section, case.name, size, case.dtype, contender, note=note)
+
+def _silent(case: Case, contender: str, note: str) -> Record:
+    return Record(case.section, case.name, case.size, case.dtype, contender, note=note)
+
+
+def _part(part: str, answers: Sequence[dict[str, Any]]) -> tuple[float, ...] | None:
+    """Seconds of a part of each round's steps; None where it is not known."""
+    if not all(part in answer.get("parts", {}) for answer in answers):
+        return None
+    return tuple(answer["parts"][part] / answer["steps"] for answer in answers)
+
+
+def _held(answers: Sequence[dict[str, Any]]) -> float | None:
+    found = [answer.get("held_bytes") for answer in answers]
+    return max((value for value in found if value is not None), default=None)
+
+
+def _lacking(present: Sequence[Contender], python: Path) -> list[Contender]:
+    """Who needs a package that the peers' environment does not have."""
+    if not any(contender.package for contender in present):
+        return []
+    found = environment.versions(python)
+    return [c for c in present if c.package and c.package not in found]
 
 
 def _parties(present: Sequence[Contender], gigabytes: float) -> list[list[Contender]]:

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..peers.environment import LLAMA
 from ..records import OURS as NAME
 from .workers import OURS, PEER, Contender
 
 FLOAT, BFLOAT = "float32", "bfloat16"
 
 
-def fastllm(name: str = NAME, dtype: str = FLOAT, **more: Any) -> Contender:
-    """This project, in fp32 or with bf16 arithmetic."""
-    return Contender(name, OURS, {"dtype": "bf16" if dtype == BFLOAT else "fp32"}, **more)
+def fastllm(
+    name: str = NAME,
+    dtype: str = FLOAT,
+    settings: dict[str, Any] | None = None,
+    **more: Any,
+) -> Contender:
+    """This project, in fp32 or with bf16 arithmetic; `settings` as the worker reads them."""
+    own = {"dtype": "bf16" if dtype == BFLOAT else "fp32", **(settings or {})}
+    return Contender(name, OURS, own, **more)
 
 
 def fastllm_with_glibc(dtype: str = FLOAT) -> Contender:
@@ -34,6 +41,12 @@ def trl(name: str = "trl", dtype: str = "fp32", **settings: Any) -> Contender:
 def loop(name: str = "transformers", dtype: str = "fp32", **settings: Any) -> Contender:
     """A plain loop; `dtype` fp32, amp or bf16."""
     return _peer(name, "transformers", dtype, settings)
+
+
+def llama(weights: str) -> Contender:
+    """llama.cpp with weights in one of its formats: f32, bf16 or q8_0."""
+    settings = {"by": "llama.cpp", "weights": weights}
+    return Contender(f"llama.cpp {weights}", PEER, settings, package=LLAMA)
 
 
 # What a loss may be off by where the arithmetic is bf16.

@@ -19,7 +19,7 @@ class Job:
     """One piece of work, the same for every contender but for its `settings`."""
 
     kind: str
-    """rm, sft, grpo, score, score_pairs or generate."""
+    """rm, sft, grpo, score, score_pairs, generate or group_pass."""
     model: str = ""
     """A Hugging Face folder with its tokenizer."""
     reward_model: str = ""
@@ -28,12 +28,18 @@ class Job:
     order: list[int] = field(default_factory=list)
     """The order in which fastllm's trainers draw the records of the first epoch."""
     batch: int = 8
+    """Records (pairs, completions) of a step."""
+    passes: int = 1
+    """Passes of a step, each of batch / passes."""
     max_length: int = 1024
     learning_rate: float = 1e-3
     seed: int = 42
     group: int = 8
-    """GRPO: completions of a prompt."""
+    """Completions of a prompt, in GRPO and where texts are generated."""
     new_tokens: int = 0
+    """Tokens of a completion, unless its record has `new_tokens` of its own."""
+    compared: int = 8
+    """Generation: so many first tokens of each completion are looked at."""
     threads: int = 1
     settings: dict[str, Any] = field(default_factory=dict)
     """The contender's own: dtype, compile, ..."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-import fastllm
+from bench.steps import completions, group_pass
 from bench.steps.job import Job, letters
 from bench.steps.turns import Block, Ended, Line, Turns, serve
 from fastllm import (
@@ -40,7 +40,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as scratch:
                 TRAINERS[job.kind](line, job, scratch).train()
         else:
-            with torch.no_grad():
+            with torch.set_grad_enabled(job.kind == "group_pass"):
                 serve(line, BLOCKS[job.kind](job))
     except Ended:
         pass
@@ -75,7 +75,7 @@ def grpo_trainer(line: Line, job: Job, scratch: str) -> GRPOTrainer:
             shuffle_dataset=False,
         ),
         train_dataset=job.records,
-        callbacks=[Turns(line, ("reward", "completions/mean_length"))],
+        callbacks=[Turns(line, ("reward", "completions/mean_length"), _logged_parts)],
     )
 
 
@@ -115,28 +115,30 @@ def score_pairs(job: Job) -> Block:
 
 
 def generate(job: Job) -> Block:
-    """Greedy completions; nothing stops early."""
+    """Greedy completions."""
     model = Transformer.from_pretrained(job.model).eval()
     _compute_in(model, job)
-    prompts = [record["ids"] for record in job.records]
+    return completions.generate(job, model)
 
-    def block(count: int) -> list[float]:
-        for _ in range(count):
-            drawn = fastllm.generate(model, prompts, job.new_tokens, 0.0, stop_token_ids=[])
-        return [float(token) for completion in drawn for token in completion.token_ids[:8]]
 
-    return block
-
+# The parts of a GRPO step, and what the trainer calls them.
+PARTS = {"prefill": "prefill", "decoding": "decode", "scoring": "reward", "training": "train"}
 
 TRAINERS: dict[str, Any] = {"rm": reward_trainer, "sft": sft_trainer, "grpo": grpo_trainer}
-BLOCKS = {"score": score, "score_pairs": score_pairs, "generate": generate}
+BLOCKS = {
+    "score": score,
+    "score_pairs": score_pairs,
+    "generate": generate,
+    "group_pass": group_pass.group_pass,
+}
 
 
 def _arguments(job: Job, scratch: str) -> dict[str, Any]:
     return {
         "output_dir": scratch,
         "use_cpu": True,
-        "per_device_train_batch_size": job.batch,
+        "per_device_train_batch_size": job.batch // job.passes,
+        "gradient_accumulation_steps": job.passes,
         "max_steps": job.endless,
         "learning_rate": job.learning_rate,
         "lr_scheduler_type": "constant",
@@ -146,6 +148,12 @@ def _arguments(job: Job, scratch: str) -> dict[str, Any]:
         "seed": job.seed,
         **job.settings,
     }
+
+
+def _logged_parts(log: dict[str, Any], steps: int, seconds: float) -> dict[str, float]:
+    """The parts of GRPO steps, of which the trainer logs the mean over the steps."""
+    found = {part: log[f"time/{name}"] * steps for part, name in PARTS.items()}
+    return found | {"rest": seconds - sum(found.values())}
 
 
 def _compute_in(model: Any, job: Job) -> None:

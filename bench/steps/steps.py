@@ -10,7 +10,7 @@ from fastllm import Tokenizer
 
 from ..options import Options
 from ..records import Record
-from . import material
+from . import grpo, material
 from .contest import Case, run_all
 from .entrants import (
     BFLOAT,
@@ -28,15 +28,12 @@ from .workers import Contender
 NAME = "steps"
 
 PAIRS, LENGTH = 8, 256
-GROUPS, GROUP, NEW_TOKENS = 8, 8, 64
-
-# How far the mean rewards of two draws of 64 completions may be apart.
-SAMPLED = 0.05
 
 
 def run(options: Options) -> Iterator[Record]:
-    """All cases; in a hurry, only the reference configuration in fp32."""
-    yield from run_all([_reward_step()] if options.quick else _cases(), options)
+    """All cases; in a hurry, the reference configuration in fp32 and a small GRPO step."""
+    quick = [_reward_step(), *grpo.quick_cases()]
+    yield from run_all(quick if options.quick else _cases(), options)
 
 
 def _cases() -> list[Case]:
@@ -47,8 +44,7 @@ def _cases() -> list[Case]:
         _sft_step(FLOAT),
         _sft_step(BFLOAT),
         _sft_real(),
-        _grpo_step(with_model=False),
-        _grpo_step(with_model=True),
+        *grpo.cases(),
     ]
 
 
@@ -178,29 +174,6 @@ def _sft_real() -> Case:
     )
 
 
-def _grpo_step(with_model: bool) -> Case:
-    return Case(
-        section=NAME,
-        name="GRPO step",
-        size=f"4 x 128, {GROUPS} x {GROUP} x {NEW_TOKENS}, "
-        + ("reward model" if with_model else "reward function"),
-        dtype=FLOAT,
-        job=_rollouts_for_a_model if with_model else _rollouts,
-        contenders=(
-            fastllm(),
-            trl(),
-            replace(trl_defaults(), tolerance=SAMPLED),
-            fastllm_with_glibc(),
-        ),
-        reference="trl",
-        work=1,
-        unit="steps",
-        # Compared: the mean reward of what is drawn before anything is learned, and its length.
-        tolerance=SAMPLED,
-        checked=1,
-    )
-
-
 def _full_pairs(folder: Path) -> Job:
     model = material.reward_model(folder, material.SMALL, Tokenizer.bytes(), LENGTH)
     records = material.pairs(64, LENGTH)
@@ -231,23 +204,3 @@ def _maths(folder: Path) -> Job:
     return material.training(
         material.maths()[:2000], 8, kind="sft", model=model, max_length=512, learning_rate=3e-4
     )
-
-
-def _rollouts(folder: Path) -> Job:
-    tokenizer = material.ascii_tokenizer(folder / "tokenizer")
-    # No EOS: completions of full length.
-    model = material.language_model(folder, material.SMALL, tokenizer, 1024, eos_token_id=None)
-    return Job(
-        kind="grpo",
-        model=model,
-        records=material.prompts(64, 32),
-        batch=GROUPS * GROUP,
-        group=GROUP,
-        new_tokens=NEW_TOKENS,
-    )
-
-
-def _rollouts_for_a_model(folder: Path) -> Job:
-    job, place = _rollouts(folder), folder / "reward"
-    tokenizer = Tokenizer.from_pretrained(job.model)
-    return replace(job, reward_model=material.reward_model(place, material.SMALL, tokenizer, 1024))

@@ -15,11 +15,27 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# Runs that many steps; returns what can be compared with the other contenders' results.
-Block = Callable[[int], list[float]]
+
+@dataclass(frozen=True)
+class Result:
+    """What a block of steps gave."""
+
+    check: list[float]
+    """What can be compared with the other contenders' results."""
+    seconds: float | None = None
+    """Of the steps; None: all that the block took."""
+    parts: dict[str, float] = field(default_factory=dict)
+    """Seconds of parts of the steps, by their names."""
+    held_bytes: float | None = None
+    """Bytes of what the case asks about (a cache), at most."""
+
+
+# Runs that many steps.
+Block = Callable[[int], "list[float] | Result"]
 
 
 class Ended(Exception):
@@ -61,8 +77,17 @@ def serve(line: Line, block: Block) -> None:
     while True:
         count = line.next_block()
         started = time.perf_counter()
-        check = block(count)
-        line.answer(steps=count, seconds=time.perf_counter() - started, check=check)
+        result = block(count)
+        seconds = time.perf_counter() - started
+        if not isinstance(result, Result):
+            result = Result(result)
+        line.answer(
+            steps=count,
+            seconds=seconds if result.seconds is None else result.seconds,
+            check=result.check,
+            parts=result.parts,
+            held_bytes=result.held_bytes,
+        )
 
 
 class Turns:
@@ -70,10 +95,20 @@ class Turns:
 
     A block lasts from the beginning of its first step to the beginning of the step after its last
     one, so that fetching the data and logging count. Works for Transformers' trainers and ours.
+
+    Args:
+        line: to the parent.
+        compared: metrics of a log.
+        parts: seconds of the parts of a block, given its log, its steps and its seconds.
     """
 
-    def __init__(self, line: Line, compared: tuple[str, ...] = ("loss",)) -> None:
-        self._line, self._compared = line, compared
+    def __init__(
+        self,
+        line: Line,
+        compared: tuple[str, ...] = ("loss",),
+        parts: Callable[[dict[str, Any], int, float], dict[str, float]] | None = None,
+    ) -> None:
+        self._line, self._compared, self._parts = line, compared, parts
         self._left = self._count = self._tokens = 0
         self._started = 0.0
         self._log: dict[str, Any] = {}
@@ -92,14 +127,19 @@ class Turns:
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         control.should_log = self._left == 0
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        self._log = dict(logs or {})
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: Any = None, timings: Any = None, **_: Any
+    ) -> None:
+        self._log = {**(logs or {}), **(timings or {})}
 
     def _report(self, seconds: float) -> None:
         seen = int(self._log.get("num_tokens", 0))
         check = [float(self._log[name]) for name in self._compared]
         tokens, self._tokens = seen - self._tokens, seen
-        self._line.answer(steps=self._count, seconds=seconds, check=check, tokens=tokens)
+        parts = self._parts(self._log, self._count, seconds) if self._parts else {}
+        self._line.answer(
+            steps=self._count, seconds=seconds, check=check, tokens=tokens, parts=parts
+        )
 
 
 def peak_mb() -> float:

@@ -35,6 +35,8 @@ class Contender:
     """How many of its results are compared; None: all."""
     backend: str = ""
     """FASTLLM_BACKEND of the process."""
+    package: str = ""
+    """A package of the peers' environment that is not in every one."""
 
     def command(self, folder: Path, python: Path) -> list[str]:
         interpreter = sys.executable if self.module == OURS else str(python)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from .options import Option, options_of
+from .options import Option, Verbatim, options_of
 
 IO = "input and output"
 MODEL = "a model from scratch"
@@ -212,7 +212,9 @@ def _generate_options() -> list[Option]:
         Option(
             name="model", metavar="PATH", required=True, group=IO, help="the model to sample from"
         ),
-        Option(name="prompt", hint=list[str], metavar="TEXT", group=IO, help="one or more prompts"),
+        Option(
+            name="prompt", hint=list[Verbatim], metavar="TEXT", group=IO, help="one or more prompts"
+        ),
         _data("prompts: records with 'prompt', .jsonl, .jsonl.gz or .json", required=False),
         Option(
             name="out",
@@ -224,14 +226,62 @@ def _generate_options() -> list[Option]:
         Option(
             name="overwrite", hint=bool, default=False, group=IO, help="replace an existing --out"
         ),
+        Option(
+            name="stream",
+            hint=bool,
+            default=False,
+            group=IO,
+            help="show the completion of a single --prompt as it is drawn",
+        ),
         _tokenizer("the model's own"),
         *_device(),
+        Option(
+            name="weights",
+            hint=Literal["auto", "int8"],
+            default="auto",
+            group=IO,
+            help="int8 draws with rounded weights, faster where memory is the limit",
+        ),
+        Option(
+            name="cache_gb",
+            hint=float | None,
+            metavar="X",
+            group=IO,
+            help="the most that keys and values may take, in 10^9 bytes; default: half of the free "
+            "memory",
+        ),
         _config(),
+        *_sampling(),
+        Option(
+            name="reward_model",
+            metavar="PATH",
+            group=SAMPLING,
+            help="a reward model that scores the completions",
+        ),
+        Option(
+            name="best",
+            hint=bool,
+            default=False,
+            group=SAMPLING,
+            help="keep only the completion of each prompt that --reward_model likes best",
+        ),
+    ]
+
+
+def _sampling() -> list[Option]:
+    return [
         Option(
             name="max_new_tokens",
             hint=int,
             default="128, or what the model has room for",
             group=SAMPLING,
+        ),
+        Option(
+            name="min_new_tokens",
+            hint=int,
+            default=0,
+            group=SAMPLING,
+            help="tokens before which a completion does not end",
         ),
         Option(
             name="temperature",
@@ -243,6 +293,14 @@ def _generate_options() -> list[Option]:
         Option(name="top_k", hint=int, default=0, group=SAMPLING, help="0: all tokens"),
         Option(name="top_p", hint=float, default=1.0, group=SAMPLING),
         Option(name="min_p", hint=float | None, group=SAMPLING),
+        Option(name="repetition_penalty", hint=float, default=1.0, group=SAMPLING),
+        Option(
+            name="stop",
+            hint=list[Verbatim],
+            metavar="TEXT",
+            group=SAMPLING,
+            help="one or more texts that end a completion; they are not part of it",
+        ),
         Option(
             name="num_return_sequences",
             hint=int,
@@ -309,7 +367,7 @@ COMMANDS = {
         Command("sft", "supervised fine-tuning", _sft_options, "train:sft"),
         Command("rm", "train a reward model on preference pairs", _rm_options, "train:rm"),
         Command("grpo", "reinforcement learning with GRPO", _grpo_options, "train:grpo"),
-        Command("generate", "sample completions", _generate_options, "infer:generate"),
+        Command("generate", "sample completions", _generate_options, "generate:generate"),
         Command("score", "score texts with a reward model", _score_options, "infer:score"),
         Command("demo", "SFT, RM and GRPO on generated tasks", _demo_options, "demo:demo"),
         Command("bench", "time it against its peers", list, "bench:bench", passes_on=True),

@@ -49,6 +49,7 @@ def environment() -> dict[str, Any]:
     """Versions, devices, threads, what serves each op, and the variables that change it."""
     import fastllm
     from fastllm import ops
+    from fastllm.generation import native_step
     from fastllm.ops import cpp
 
     return {
@@ -63,6 +64,7 @@ def environment() -> dict[str, Any]:
         "memory": {"allocator": threads.allocator()},
         "C++": {"status": cpp.reason(), "isa": cpp.isa() if cpp.available() else "none"},
         "ops": ops.report(),
+        "generation": {"token step on a CPU": native_step.status()},
         "variables": {
             name: value
             for name, value in sorted(os.environ.items())

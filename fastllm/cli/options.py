@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import inspect
 import itertools
+import json
 import sys
 import types
 import typing
@@ -20,6 +21,10 @@ _FALSE = ("false", "no", "off")
 _NONE = ("none", "null")
 
 
+class Verbatim(str):
+    """In a list: a text that is taken as it is, where others are split at commas."""
+
+
 class UsageError(ValueError):
     """A command line or a configuration file that asks for something that does not exist."""
 
@@ -30,7 +35,8 @@ class Option:
 
     name: str
     hint: Any = str
-    """Its type: str, int, float, bool, Path, Literal[...], list[...], or one of them | None."""
+    """Its type: str, int, float, bool, Path, Literal[...], list[...], dict[...] (JSON on a command
+    line), or one of them | None."""
     default: Any = None
     help: str = ""
     group: str = "options"
@@ -130,9 +136,10 @@ def _add(group: Any, option: Option) -> None:
         settings["help"] = argparse.SUPPRESS
         group.add_argument(*negations, action="store_const", const="false", **settings)
     else:
-        nargs = "+" if typing.get_origin(plain) is list else None
+        if typing.get_origin(plain) is list:
+            settings |= {"nargs": "+", "action": "extend"}
         metavar = option.metavar or _metavar(plain)
-        group.add_argument(*names, *dashed, nargs=nargs, metavar=metavar, **settings)
+        group.add_argument(*names, *dashed, metavar=metavar, **settings)
 
 
 def _help(option: Option) -> str:
@@ -151,6 +158,8 @@ def _metavar(hint: Any) -> str:
         return "{" + ",".join(str(choice) for choice in typing.get_args(hint)) + "}"
     if typing.get_origin(hint) is list:
         return _metavar(typing.get_args(hint)[0])
+    if typing.get_origin(hint) is dict:
+        return "JSON"
     return {int: "N", float: "X"}.get(hint, "TEXT")
 
 
@@ -212,10 +221,18 @@ def _convert(value: Any, hint: Any) -> Any:
         return choices[str(value)]
     if origin is list:
         parts = value if isinstance(value, list) else [value]
+        of = typing.get_args(hint)[0]
+        if of is Verbatim:
+            return [str(_convert(part, str)) for part in parts]
         pieces = [
             p for part in parts for p in (part.split(",") if isinstance(part, str) else [part])
         ]
-        return [_convert(piece, typing.get_args(hint)[0]) for piece in pieces]
+        return [_convert(piece, of) for piece in pieces]
+    if origin is dict:
+        found = json.loads(value) if isinstance(value, str) else value
+        if not isinstance(found, dict):
+            raise TypeError(value)
+        return found
     if hint is bool:
         return _convert_bool(value)
     if isinstance(value, bool | list | dict) or value is None:
@@ -256,5 +273,7 @@ def _expected(hint: Any) -> str:
         return "one of " + ", ".join(str(choice) for choice in typing.get_args(hint))
     if origin is list:
         return f"a list, each {_expected(typing.get_args(hint)[0])}"
+    if origin is dict:
+        return "an object (JSON)"
     names = {bool: "true or false", int: "an integer", float: "a number"}
     return names.get(hint, "a text")

@@ -1,199 +1,152 @@
-"""The KV cache of a rollout: a prefix plus tails.
+"""The KV cache: one pool of blocks of 64 tokens, for prompts and for what is generated.
 
-The keys and values of all prompts lie packed in one row, stored once however many completions
-continue a prompt; each running sequence has a *tail* for the tokens that it generated. A tail is
-named by its row, so that a sequence that ends gives its row back and no other one moves.
+A prompt owns a list of blocks, stored once however many sequences continue it; each sequence
+owns the blocks of its tail, the tokens that it generated. A block goes back to the pool the
+moment its owner ends, and memory that was never needed is never touched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import sys
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..layout import PackedLayout
-
-# Tails start this long at most and double when they are full: most completions are short.
-_FIRST_TAIL = 128
+from ..ops.decode_attention import BLOCK
 
 
-class KVCache:
-    """Keys and values of every layer for the prompts and the running sequences.
+class BlockCache:
+    """Keys and values of every layer, in N blocks.
 
     Args:
-        rows: how many sequences may run at a time (R).
-        max_tail: the longest tail that any sequence can need, in tokens.
-    """
-
-    def __init__(self, rows: int, max_tail: int) -> None:
-        self.prefix: list[tuple[Tensor, Tensor]] = []
-        """Keys and values of the prompts, for each layer [Tp, K, D]."""
-        self.prefix_starts = torch.zeros(1, dtype=torch.int32)
-        """First row of each prompt, and Tp at the end [G + 1], int32."""
-        self.tails: list[tuple[Tensor, Tensor]] = []
-        """Keys and values of the generated tokens, for each layer [R, M, K, D]."""
-        self._rows, self._max_tail = rows, max_tail
-        self._free = list(range(rows))
-
-    @property
-    def num_prompts(self) -> int:
-        return self.prefix_starts.numel() - 1
-
-    @property
-    def free_rows(self) -> int:
-        """How many more sequences may run."""
-        return len(self._free)
-
-    @property
-    def tail_capacity(self) -> int:
-        """Tokens that fit into a tail (M)."""
-        return self.tails[0][0].shape[1] if self.tails else 0
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory of all keys and values."""
-        return sum(t.nbytes for pair in (*self.prefix, *self.tails) for t in pair)
-
-    # -- prompts -------------------------------------------------------------------------------
-
-    def append(self, prompts: Sequence[tuple[Tensor, Tensor]], starts: Tensor) -> None:
-        """Add prompts after those that are here.
-
-        Args:
-            prompts: keys and values of every layer [T, K, D], as a packed prefill computed them.
-            starts: first row of each new prompt, and T at the end [G + 1], int32.
-        """
-        if not self.prefix:
-            self.prefix, self.prefix_starts = list(prompts), starts
-            return
-        self.prefix = [
-            (torch.cat((k, new_k)), torch.cat((v, new_v)))
-            for (k, v), (new_k, new_v) in zip(self.prefix, prompts, strict=True)
-        ]
-        shifted = starts[1:] + self.prefix_starts[-1]
-        self.prefix_starts = torch.cat((self.prefix_starts, shifted))
-
-    def keep_prompts(self, groups: Tensor) -> Tensor:
-        """Drop the prompts that nobody continues any more.
-
-        Args:
-            groups: prompt of each sequence that is still needed [B], int32.
-
-        Returns:
-            The same prompts by their new numbers [B], int32.
-        """
-        kept, renumbered = torch.unique(groups, return_inverse=True)
-        if kept.numel() < self.num_prompts:
-            first = self.prefix_starts[kept.long()].long()
-            lengths = self.prefix_starts[kept.long() + 1].long() - first
-            ends = lengths.cumsum(0)
-            rows = torch.arange(int(lengths.sum()), device=groups.device)
-            rows += torch.repeat_interleave(first - (ends - lengths), lengths)
-            self.prefix = [(k[rows], v[rows]) for k, v in self.prefix]
-            self.prefix_starts = torch.cat((ends.new_zeros(1), ends)).int()
-        return renumbered.int()
-
-    # -- tails ---------------------------------------------------------------------------------
-
-    def take_rows(self, count: int) -> Tensor:
-        """Rows for `count` sequences that begin [count], int32."""
-        taken, self._free = self._free[:count], self._free[count:]
-        return torch.tensor(taken, dtype=torch.int32, device=self.prefix_starts.device)
-
-    def give_back(self, rows: Tensor) -> None:
-        """Rows of sequences that ended; the next ones to begin may have them."""
-        self._free = sorted(self._free + rows.tolist())
-
-    def reserve(self, length: int, running: Tensor, waiting: int) -> Tensor:
-        """Make room for tails of `length` tokens.
-
-        Args:
-            length: tokens that the longest tail is about to have.
-            running: rows of the running sequences [B], int32.
-            waiting: how many sequences have not begun; fewer rows are kept when they are few.
-
-        Returns:
-            The rows of the running sequences from now on [B], int32.
-        """
-        if length <= self.tail_capacity:
-            return running
-        capacity = self.tail_capacity
-        size = min(self._max_tail, max(_FIRST_TAIL, 2 * capacity, length))
-        rows = min(self._rows, running.numel() + waiting)
-        for layer, (k, v) in enumerate(self.prefix):
-            # Zeros, because a masked value still takes part in a product: 0 * NaN is NaN.
-            fresh = [t.new_zeros(rows, size, *t.shape[1:]) for t in (k, v)]
-            if capacity:
-                for new, old in zip(fresh, self.tails[layer], strict=True):
-                    new[: running.numel(), :capacity] = old[running.long()]
-            self.tails[layer : layer + 1] = [(fresh[0], fresh[1])]
-        self._free = list(range(running.numel(), rows))
-        return torch.arange(running.numel(), dtype=torch.int32, device=running.device)
-
-
-class PrefillAttend:
-    """Reading packed prompts: plain packed attention that keeps what it computes.
-
-    Args:
-        layout: one segment per prompt, no prefixes.
-        rows: packed rows whose hidden state is wanted [N], as passed to the trunk.
-    """
-
-    def __init__(self, layout: PackedLayout, rows: Tensor) -> None:
-        self._layout, self._selected = layout, layout.select(rows)
-        self.positions, self.max_position = layout.positions, layout.max_position
-        self.computed: list[tuple[Tensor, Tensor]] = []
-
-    def __call__(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None, window: int | None
-    ) -> Tensor:
-        self.computed.append((k, v))
-        return ops.attention(
-            q, k, v, self._layout if rows is None else self._selected, window=window
-        )
-
-
-class DecodeAttend:
-    """One new token per sequence, over its prompt and its tail.
-
-    Args:
-        cache: its tails have room for the new tokens.
-        group: prompt of each sequence [B], int32.
-        rows: tail of each sequence [B], int32.
-        lengths: tokens in each tail, the new one included [B], int32.
-        positions: sequence position of each new token [B], int32.
-        max_position: a bound on the positions, plus one.
+        layers: how many layers keep keys and values.
+        key_heads: heads of a token's keys (K).
+        head_dim: numbers of a head (D).
+        dtype: of what is kept.
+        device: where it is kept.
+        most_bytes: the pool never takes more; None for half of the memory that is free.
     """
 
     def __init__(
         self,
-        cache: KVCache,
-        group: Tensor,
-        rows: Tensor,
-        lengths: Tensor,
-        positions: Tensor,
-        max_position: int,
+        layers: int,
+        key_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        most_bytes: int | None = None,
     ) -> None:
-        self._cache, self._group, self._rows, self._lengths = cache, group, rows, lengths
-        self.positions, self.max_position = positions, max_position
-        self._slots = rows.long() * cache.tail_capacity + lengths.long() - 1
+        self.keys = [
+            torch.empty(0, key_heads, head_dim, BLOCK, dtype=dtype, device=device)
+            for _ in range(layers)
+        ]
+        """For each layer [N, K, D, 64]: the tokens of a block lie along memory."""
+        self.values = [
+            torch.empty(0, key_heads, BLOCK, head_dim, dtype=dtype, device=device)
+            for _ in range(layers)
+        ]
+        """For each layer [N, K, 64, D]."""
+        self.device = torch.device(device)
+        self.block_bytes = 2 * layers * key_heads * head_dim * BLOCK * dtype.itemsize
+        if most_bytes is None:
+            most_bytes = _free_memory(self.device) // 2
+        self.most_bytes = most_bytes
+        self.most_blocks = min(most_bytes // self.block_bytes, np.iinfo(np.int32).max)
+        self.version = 0
+        """Counts the reallocations: who keeps an address must look at it again."""
+        self.most_used = 0
+        """Blocks in use at a time, at most, so far."""
+        # A stack: what was given back last is still in the processor's caches. Blocks that nobody
+        # has had lie at the bottom, the lowest on top.
+        self._free = np.empty(0, np.int32)
+        self._num_free = self._untouched = 0
 
-    def __call__(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None, window: int | None
-    ) -> Tensor:
-        tail_k, tail_v = self._cache.tails[layer]
-        tail_k.flatten(0, 1).index_copy_(0, self._slots, k)
-        tail_v.flatten(0, 1).index_copy_(0, self._slots, v)
-        return ops.decode_attention(
-            q,
-            *self._cache.prefix[layer],
-            self._cache.prefix_starts,
-            self._group,
-            tail_k,
-            tail_v,
-            self._rows,
-            self._lengths,
-            window=window,
-        )
+    @property
+    def capacity(self) -> int:
+        """Blocks of the pool (N)."""
+        return len(self._free)
+
+    @property
+    def free_blocks(self) -> int:
+        return self._num_free
+
+    @property
+    def used_blocks(self) -> int:
+        return self.capacity - self._num_free
+
+    # -- whose blocks are whose ----------------------------------------------------------------
+
+    def take(self, count: int) -> np.ndarray:
+        """Blocks for a new owner [count], int32; there must be that many."""
+        assert count <= self._num_free, f"{count} blocks wanted, {self._num_free} free"
+        self._num_free -= count
+        self._untouched = min(self._untouched, self._num_free)
+        self.most_used = max(self.most_used, self.used_blocks)
+        return self._free[self._num_free : self._num_free + count][::-1].copy()
+
+    def give_back(self, blocks: np.ndarray) -> None:
+        """Blocks whose owner has ended."""
+        self._free[self._num_free : self._num_free + len(blocks)] = blocks[::-1]
+        self._num_free += len(blocks)
+
+    def grow(self, capacity: int) -> None:
+        """Make the pool at least `capacity` blocks, and never more than the budget."""
+        before, capacity = self.capacity, min(capacity, self.most_blocks)
+        if capacity <= before:
+            return
+        touched = before - self._untouched
+        # One tensor after another, so that there is never a second pool beside the first.
+        for tensors in (self.keys, self.values):
+            for layer, old in enumerate(tensors):
+                tensors[layer] = old.new_empty(capacity, *old.shape[1:])
+                tensors[layer][:touched] = old[:touched]
+        fresh = np.arange(capacity - 1, before - 1, -1, dtype=np.int32)
+        taken = np.empty(before - self._num_free, np.int32)
+        self._free = np.concatenate((fresh, self._free[: self._num_free], taken))
+        self._num_free += len(fresh)
+        self._untouched += len(fresh)
+        self.version += 1
+
+    # -- what is in them -----------------------------------------------------------------------
+
+    def write_rows(self, layer: int, k: Tensor, v: Tensor, blocks: Tensor, rows: Tensor) -> None:
+        """Fill whole blocks from packed keys and values.
+
+        Args:
+            k, v: [T, K, D].
+            blocks: which blocks [n], int64.
+            rows: the packed rows that each of them gets [n, 64], int64. What lies beyond the end
+                of its owner is never read: any row will do.
+        """
+        shape = *rows.shape, *k.shape[1:]
+        keys, values = k[rows.flatten()].view(shape), v[rows.flatten()].view(shape)
+        self.keys[layer].index_copy_(0, blocks, keys.permute(0, 2, 3, 1))
+        self.values[layer].index_copy_(0, blocks, values.permute(0, 2, 1, 3))
+
+    def write_tokens(self, layer: int, k: Tensor, v: Tensor, blocks: Tensor, place: Tensor) -> None:
+        """Put one token for each sequence.
+
+        Args:
+            k, v: [B, K, D].
+            blocks: block of each token [B], int64.
+            place: its place in the block [B], int64.
+        """
+        self.keys[layer][blocks, :, :, place] = k
+        self.values[layer][blocks, :, place] = v
+
+
+def blocks_of(tokens: int) -> int:
+    """Blocks that so many tokens of one owner need."""
+    return -(-tokens // BLOCK)
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    names = getattr(os, "sysconf_names", {})
+    for pages in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES"):
+        if pages in names:
+            return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
+    return sys.maxsize

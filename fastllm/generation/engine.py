@@ -1,185 +1,376 @@
-"""`generate`: completions of prompts, with the log-probability of every token."""
+"""The engine: requests come and go while a batch draws tokens."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+import time
+from collections.abc import Iterator
+from collections.abc import Sequence as Many
+from typing import Literal, get_args
 
+import numpy as np
 import torch
-from torch import Tensor, nn
 
-from ..model import ModelConfig, Transformer
-from .rollout import Rollout
-from .sampling import Draw, SamplingParams, random_keys
+from ..model import Transformer
+from ..ops.linear_logprob import wide_matmul
+from .batch import Drawn, RunningBatch, TokenStep
+from .cache import BlockCache
+from .graphed_step import GraphedStep
+from .native_step import NativeStep, Weights, why_not
+from .prefill import Prefill
+from .requests import Output, Request, Sequence, Stats, checked_prompt, checked_stops
+from .sampling import SamplingParams, random_keys
+from .scheduler import Scheduler
+from .stopping import TextCodec, TextReader
+from .token_step import OpByOpStep, draw, head_weight, stopped
+from .transcript import Transcript
 
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """What the model wrote after a prompt."""
-
-    token_ids: list[int]
-    """The tokens, with the stop token where there is one."""
-    logprobs: list[float]
-    """Log-probability of each token under temperature alone: log_softmax(logits / temperature),
-    at temperature 1 when greedy. This is what a trainer computes again."""
-    sampling_logprobs: list[float]
-    """Log-probability of each token under the distribution that it was drawn from, that is with
-    the filters and the repetition penalty; 0 when greedy."""
-    finish_reason: Literal["stop", "length"]
-    """"stop" after a stop token, "length" after `max_new_tokens`."""
+StepName = Literal["auto", "ops", "graphs"]
 
 
-def generate(
-    model: Transformer,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    *,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    num_return_sequences: int = 1,
-    stop_token_ids: Sequence[int] | None = None,
-    seed: int | None = None,
-    request_ids: Sequence[int] | None = None,
-    max_batch_size: int | None = 256,
-    prefill_tokens: int = 8192,
-) -> list[Completion]:
-    """Complete token prompts.
+class Engine:
+    """Completes prompts in one batch that requests join and leave at any token.
 
-    A prompt is computed and stored once however many sequences continue it, and a sequence
-    leaves the batch with its last token. What a sequence says depends on `seed`, its request id
-    and its number among the completions of its prompt, and not on what else is in the batch (up
-    to the rounding of matrix products, whose order of summation may follow the batch size).
+    A prompt is computed and stored once however many sequences continue it, and a sequence leaves
+    the batch with its last token. What it says depends on its seed, its request id and its number
+    among the completions of its prompt, and not on what else is in the batch (up to the rounding
+    of matrix products, whose order of summation may follow the batch size).
 
     Args:
         model: the language model; no gradients are recorded.
-        prompts: token ids of each prompt.
-        max_new_tokens: longest completion, in tokens.
-        temperature, top_k, top_p, min_p, repetition_penalty: see `SamplingParams`; 0 is greedy.
-        num_return_sequences: completions of each prompt.
-        stop_token_ids: tokens that end a completion; None for the config's `eos_token_id`.
-        seed: None draws one from PyTorch's default generator.
-        request_ids: 64-bit integer that names each prompt's random stream; None for 0, 1, 2, ...
-        max_batch_size: sequences that run at a time, the others wait for a free row; None for all.
+        tokenizer: for prompts that are text, the text of outputs, and stop strings.
+        max_batch_size: sequences that run at a time, the others wait; None for all.
+        cache_bytes: the most that keys and values may take. A sequence for which nothing is left
+            waits with its tokens, and goes on later. None for what the requests can need, at most
+            half of the memory that is free.
         prefill_tokens: prompt tokens computed in one pass, unless one prompt alone is longer.
-
-    Returns:
-        Completions, all those of the first prompt first.
+        weights: "int8" rounds the weights for sampling; the trainer's stay as they are.
+        step: "ops" for the token step made of single ops, "graphs" for the same replayed from CUDA
+            graphs; "auto" for the one in C++ where it serves, else for single ops.
 
     Raises:
-        ValueError: an option out of its range, or a prompt that is empty, too long for the model
-            with its completion, or has a token outside the vocabulary.
-        RuntimeError: the model's logits are not finite.
+        ValueError: an option out of its range, or one that this model or machine cannot serve.
     """
-    params = SamplingParams(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-    )
-    counts = {
-        "max_new_tokens": max_new_tokens,
-        "num_return_sequences": num_return_sequences,
-        "max_batch_size": max_batch_size,
-        "prefill_tokens": prefill_tokens,
-    }
-    for name, count in counts.items():
-        if count is not None and count < 1:
-            raise ValueError(f"{name}: expected at least 1, found {count}")
-    _check_prompts(prompts, max_new_tokens, model.config)
-    stops = _stops(stop_token_ids, model.config)
-    keys = _keys(seed, request_ids, len(prompts), num_return_sequences)
-    if not prompts:
-        return []
-    # Not inference_mode: what is cached here, such as the rotary tables, serves training too.
-    with torch.no_grad(), _evaluating(model):
-        drawn = Rollout(
-            model,
-            prompts,
-            keys.to(model.lm_head.weight.device),
-            copies=num_return_sequences,
-            params=params,
-            max_new_tokens=max_new_tokens,
-            stop_token_ids=stops,
-            max_batch_size=max_batch_size,
-            prefill_tokens=prefill_tokens,
-        ).run()
-    return _completions(drawn, keys.numel(), set(stops))
 
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: TextCodec | None = None,
+        *,
+        max_batch_size: int | None = 256,
+        cache_bytes: int | None = None,
+        prefill_tokens: int = 8192,
+        weights: Weights = "auto",
+        step: StepName = "auto",
+    ) -> None:
+        for name, count in (
+            ("max_batch_size", max_batch_size),
+            ("prefill_tokens", prefill_tokens),
+            ("cache_bytes", cache_bytes),
+        ):
+            if count is not None and count < 1:
+                raise ValueError(f"{name}: expected at least 1, found {count}")
+        config, weight = model.config, model.lm_head.weight
+        self._model, self._tokenizer = model, tokenizer
+        self._cache = BlockCache(
+            config.num_hidden_layers,
+            config.num_key_value_heads,
+            config.head_dim,
+            model.model.compute_dtype or weight.dtype,
+            weight.device,
+            cache_bytes,
+        )
+        self._batch = RunningBatch(config.vocab_size)
+        self._transcript = Transcript()
+        self._scheduler = Scheduler(
+            self._batch, self._cache, self._transcript, max_batch_size, prefill_tokens
+        )
+        self._options = weights, step
+        self._step = choose_step(model, self._cache, weights, step)
+        self._requests: dict[int, Request] = {}
+        self._watched_at, self._watched_rows = -1, list[int]()
+        self._held: list[Output] = []
+        self._next_id = 0
+        self.stats = Stats()
+        """What this engine did so far."""
 
-def _check_prompts(
-    prompts: Sequence[Sequence[int]], max_new_tokens: int, config: ModelConfig
-) -> None:
-    for number, prompt in enumerate(prompts):
-        if len(prompt) == 0:
-            raise ValueError(f"prompt {number} is empty; it needs at least one token")
-        if len(prompt) + max_new_tokens > config.max_position_embeddings:
+    @property
+    def description(self) -> str:
+        """Which token step serves, and why."""
+        return self._step.description
+
+    # -- requests ------------------------------------------------------------------------------
+
+    def add_request(
+        self,
+        prompt: Many[int] | str,
+        params: SamplingParams | None = None,
+        *,
+        request_id: int | None = None,
+    ) -> int:
+        """Put a prompt in line.
+
+        Args:
+            prompt: token ids, or text where the engine has a tokenizer.
+            params: how it is completed; a seed of None draws one from PyTorch's default generator.
+            request_id: with the seed, the name of the random stream; None for the next number.
+
+        Returns:
+            The request id.
+
+        Raises:
+            ValueError: a prompt or an option that this model, tokenizer or cache cannot serve.
+        """
+        params = params or SamplingParams()
+        if request_id is None:
+            request_id = self._next_id
+        if request_id in self._requests:
+            raise ValueError(f"request_id: {request_id} is the id of an unfinished request")
+        seed = int(torch.randint(1 << 62, ())) if params.seed is None else params.seed
+        copies = params.num_return_sequences
+        keys = random_keys(seed, torch.full((copies,), request_id), torch.arange(copies))
+        if isinstance(prompt, str):
+            if self._tokenizer is None:
+                raise ValueError("prompt: expected token ids (there is no tokenizer), found text")
+            prompt = self._tokenizer.encode(prompt)
+        self.submit(request_id, prompt, params, keys.tolist(), "the prompt")
+        return request_id
+
+    def submit(
+        self, request_id: int, prompt: Many[int], params: SamplingParams, keys: list[int], name: str
+    ) -> None:
+        """Put a prompt in line, with the random stream of each sequence.
+
+        Args:
+            name: what an error calls the prompt.
+        """
+        config = self._model.config
+        if params.stop_strings and self._tokenizer is None:
+            raise ValueError("stop_strings: expected a tokenizer that decodes, found none")
+        ids = checked_prompt(prompt, params.max_new_tokens, config, name)
+        request = Request(request_id, ids, params, checked_stops(params, config))
+        self._scheduler.add(request, keys)
+        self._requests[request_id] = request
+        self._next_id = max(self._next_id, request_id + 1)
+
+    def abort_request(self, request_id: int) -> None:
+        """Forget a request; nothing more is heard of it, and its memory is free.
+
+        Raises:
+            ValueError: no such request, or it has ended.
+        """
+        if request_id not in self._requests:
             raise ValueError(
-                f"prompt {number} has {len(prompt)} tokens; with max_new_tokens {max_new_tokens} "
-                f"that passes the model's max_position_embeddings {config.max_position_embeddings}"
+                f"abort_request: expected the id of an unfinished request, found {request_id}"
             )
-        low, high = min(prompt), max(prompt)
-        if low < 0 or high >= config.vocab_size:
-            raise ValueError(
-                f"prompt {number} has token {low if low < 0 else high}; the model's vocabulary is "
-                f"0..{config.vocab_size - 1}"
+        self._scheduler.drop(self._requests.pop(request_id))
+        self._held = [output for output in self._held if output.request_id != request_id]
+
+    def has_unfinished_requests(self) -> bool:
+        """Whether `step` has more to tell."""
+        return bool(self._requests or self._held)
+
+    def update_weights(self) -> None:
+        """Take notice that the model was trained; its weights are read again.
+
+        Raises:
+            RuntimeError: there are unfinished requests, whose keys the old weights computed.
+        """
+        if self._requests:
+            raise RuntimeError(
+                f"update_weights: expected no unfinished requests, found {len(self._requests)}"
             )
+        self._step = choose_step(self._model, self._cache, *self._options)
+
+    # -- tokens --------------------------------------------------------------------------------
+
+    def step(self) -> list[Output]:
+        """Draw the next token of everybody who runs.
+
+        Returns:
+            What is new, one output for each completion that has something new.
+
+        Raises:
+            RuntimeError: the model's logits are not finite.
+        """
+        held, self._held = self._held, []
+        if not self._requests:
+            return held
+        finished = self.advance(1)
+        news = [self._output(sequence) for sequence in finished]
+        for row, sequence in enumerate(self._batch.sequences):
+            count = int(self._batch.count[row])
+            if count > sequence.reported:
+                sequence.tokens = self._transcript.of(int(self._batch.place[row]), count)
+                news.append(self._output(sequence))
+        return held + news
+
+    def stream(
+        self, prompt: Many[int] | str, params: SamplingParams | None = None
+    ) -> Iterator[Output]:
+        """Complete one prompt, token by token, while other requests go on.
+
+        What the others draw meanwhile is returned by the next `step`.
+        """
+        params = params or SamplingParams()
+        request_id = self.add_request(prompt, params)
+        unfinished = params.num_return_sequences
+        try:
+            while unfinished:
+                news = self.step()
+                mine = [output for output in news if output.request_id == request_id]
+                self._held = [output for output in news if output.request_id != request_id]
+                if not mine and request_id not in self._requests:
+                    return
+                for output in mine:
+                    unfinished -= output.finish_reason is not None
+                    yield output
+        finally:
+            if request_id in self._requests:
+                self.abort_request(request_id)
+
+    def advance(self, most: int) -> list[Sequence]:
+        """Let who waits join, and draw tokens until somebody ends, at most `most` for each row.
+
+        Returns:
+            The sequences that ended, with all their tokens.
+        """
+        # Not inference_mode: what is cached here, such as the rotary tables, serves training too.
+        with torch.no_grad():
+            finished = self._begin()
+            if self._batch.size:
+                finished += self._decode(1 if self._watched() else most)
+        stats, block_bytes = self.stats, self._cache.block_bytes
+        stats.cache_bytes = max(stats.cache_bytes, self._cache.capacity * block_bytes)
+        stats.peak_cache_bytes = max(stats.peak_cache_bytes, self._cache.most_used * block_bytes)
+        return finished
+
+    def _begin(self) -> list[Sequence]:
+        """Seat who waits, and draw the first tokens."""
+        started = time.perf_counter()
+        prefill, joined = self._scheduler.join()
+        if not joined:
+            return []
+        batch = self._batch
+        if prefill.prompts:
+            self._prefill(prefill)
+        finished = []
+        rows = np.flatnonzero(batch.count[: batch.size] == 0)
+        if rows.size:
+            requests = [batch.sequences[row].request for row in rows.tolist()]
+            drawn = draw(batch, torch.stack([r.logits for r in requests]), rows)
+            for request in requests:
+                request.not_begun -= 1
+                if not request.not_begun:
+                    request.logits = None
+            finished = self._note(rows, Drawn(*(column[None] for column in drawn)))
+        self.stats.prefill_tokens += prefill.num_tokens
+        self.stats.prefill_seconds += time.perf_counter() - started
+        return finished
+
+    def _prefill(self, prefill: Prefill) -> None:
+        hidden = prefill.run(self._model, self._cache)
+        beginning = [request for request in prefill.prompts if request.not_begun]
+        if beginning:
+            logits = wide_matmul(hidden, head_weight(self._model).t())
+            for request, row in zip(beginning, logits, strict=True):
+                request.logits = row
+
+    def _decode(self, most: int) -> list[Sequence]:
+        """Draw the next tokens of everybody who runs."""
+        started = time.perf_counter()
+        batch = self._batch
+        left = batch.max_count[: batch.size] - batch.count[: batch.size]
+        steps, preempted = self._scheduler.reserve(min(most, int(left.min())))
+        self.stats.preemptions += preempted
+        drawn = self._step(batch, steps)
+        finished = self._note(np.arange(batch.size), drawn)
+        steps, rows = drawn.token_ids.shape
+        self.stats.steps += steps
+        self.stats.decode_tokens += steps * rows
+        self.stats.decode_seconds += time.perf_counter() - started
+        return finished
+
+    def _note(self, rows: np.ndarray, drawn: Drawn) -> list[Sequence]:
+        """Record what these rows drew; who ended leaves, and is returned."""
+        batch = self._batch
+        self._transcript.record(batch.place[rows], batch.count[rows], drawn)
+        stops = stopped(batch)
+        watched = np.intersect1d(self._watched(), rows) if self._watched() else ()
+        for row in watched:
+            stops[row] |= self._read(row)
+        done = np.flatnonzero(stops | (batch.count[: batch.size] >= batch.max_count[: batch.size]))
+        if not done.size:
+            return []
+        finished = []
+        for row in done.tolist():
+            sequence = batch.sequences[row]
+            count = int(batch.count[row])
+            sequence.tokens = self._transcript.of(int(batch.place[row]), count)
+            sequence.finish_reason = "stop" if stops[row] else "length"
+            if self._scheduler.finished(sequence):
+                del self._requests[sequence.request.id]
+            finished.append(sequence)
+        self._scheduler.leave(done)
+        return finished
+
+    # -- text ----------------------------------------------------------------------------------
+
+    def _watched(self) -> list[int]:
+        """The rows whose text may end them."""
+        if self._watched_at != self._batch.changes:
+            self._watched_at = self._batch.changes
+            self._watched_rows = [
+                row
+                for row, sequence in enumerate(self._batch.sequences)
+                if sequence.request.params.stop_strings
+            ]
+        return self._watched_rows
+
+    def _read(self, row: int) -> bool:
+        """Read the newest token of a row; whether a stop string ends it."""
+        sequence, batch = self._batch.sequences[row], self._batch
+        reader = self._reader(sequence)
+        return reader.read([int(batch.token[row])], batch.count[row] >= batch.min_count[row])
+
+    def _reader(self, sequence: Sequence) -> TextReader:
+        if sequence.reader is None:
+            assert self._tokenizer is not None
+            sequence.reader = TextReader(self._tokenizer, sequence.request.params.stop_strings)
+        return sequence.reader
+
+    def _output(self, sequence: Sequence) -> Output:
+        """What nobody was told of a sequence yet."""
+        assert sequence.tokens is not None
+        news = sequence.tokens.since(sequence.reported)
+        sequence.reported = sequence.count
+        text = None
+        if self._tokenizer is not None:
+            reader = self._reader(sequence)
+            if not sequence.request.params.stop_strings:
+                reader.read(news[0])
+            text = reader.tell(last=sequence.finish_reason is not None)
+        return Output(sequence.request.id, sequence.index, *news, text, sequence.finish_reason)
 
 
-def _stops(stop_token_ids: Sequence[int] | None, config: ModelConfig) -> list[int]:
-    if stop_token_ids is None:
-        return config.eos_token_ids
-    for token in stop_token_ids:
-        if not 0 <= token < config.vocab_size:
-            raise ValueError(
-                f"stop_token_ids: expected ids in 0..{config.vocab_size - 1}, found {token}"
-            )
-    return list(stop_token_ids)
+def choose_step(
+    model: Transformer, cache: BlockCache, weights: Weights, step: StepName
+) -> TokenStep:
+    """The fastest token step that serves, or the one that was asked for.
 
-
-def _keys(seed: int | None, request_ids: Sequence[int] | None, prompts: int, copies: int) -> Tensor:
-    if request_ids is None:
-        request_ids = range(prompts)
-    if len(request_ids) != prompts:
-        raise ValueError(f"request_ids: expected {prompts} (prompts), found {len(request_ids)}")
-    if seed is None:
-        seed = int(torch.randint(1 << 62, ()))
-    ids = torch.tensor(list(request_ids), dtype=torch.int64).repeat_interleave(copies)
-    return random_keys(seed, ids, torch.arange(copies).repeat(prompts))
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; afterwards every module is in the mode that it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def _completions(
-    drawn: list[tuple[Tensor, Draw]], sequences: int, stops: set[int]
-) -> list[Completion]:
-    """Sort what was drawn step by step into one completion per sequence."""
-    index = torch.cat([index for index, _ in drawn]).cpu()
-    order = index.argsort(stable=True)
-    columns = [
-        torch.cat(column).cpu()[order] for column in zip(*(d for _, d in drawn), strict=True)
-    ]
-    if not columns[1].isfinite().all():
-        bad = int(index[order][~columns[1].isfinite()][0])
-        raise RuntimeError(f"the model's logits are not finite (sequence {bad} of {sequences})")
-    lengths = index.bincount(minlength=sequences).tolist()
-    pieces = zip(*([p.tolist() for p in column.split(lengths)] for column in columns), strict=True)
-    return [
-        Completion(tokens, logp, sampling_logp, "stop" if tokens[-1] in stops else "length")
-        for tokens, logp, sampling_logp in pieces
-    ]
+    Raises:
+        ValueError: an unknown name, or weights that need a step which cannot serve here.
+    """
+    for name, found, known in (
+        ("weights", weights, get_args(Weights)),
+        ("step", step, get_args(StepName)),
+    ):
+        if found not in known:
+            raise ValueError(f"{name}: expected one of {', '.join(known)}; found {found!r}")
+    if step == "graphs" and weights == "auto":
+        return GraphedStep(model, cache)
+    reason = why_not(model) if step == "auto" else f"step {step!r} was asked for"
+    if reason is None:
+        return NativeStep(model, cache, weights)
+    if weights != "auto":
+        raise ValueError(f"weights: {weights!r} needs the token step in C++, but {reason}")
+    return OpByOpStep(model, cache, reason)

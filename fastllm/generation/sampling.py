@@ -2,17 +2,20 @@
 
 The uniform number behind a request's t-th token is a hash of (seed, request, t). A request
 therefore gives the same text whatever else is in the batch, and a rollout is repeated from its
-seed alone.
+seed alone. Every row of a batch has parameters of its own.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..ops import backend, cpp
 
 # The constants of SplitMix64 (Steele, Lea and Flood, 2014), as signed 64-bit integers.
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
@@ -24,8 +27,12 @@ _UNIFORM_BITS = 24
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
-    """How the next token is drawn; names, meaning and order are those of `transformers`."""
+    """How a prompt is completed; names, meaning and order are those of `transformers`."""
 
+    max_new_tokens: int = 128
+    """Longest completion, in tokens."""
+    min_new_tokens: int = 0
+    """Tokens before which no stop token may be drawn."""
     temperature: float = 1.0
     """Divides the logits; 0 takes the likeliest token (greedy)."""
     top_k: int = 0
@@ -37,19 +44,42 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     """Divides positive logits of tokens seen in the prompt or the completion, and multiplies
     negative ones (Keskar et al., 2019)."""
+    num_return_sequences: int = 1
+    """Completions of the prompt."""
+    stop_token_ids: Sequence[int] | None = None
+    """Tokens that end a completion; None for those of the model."""
+    stop_strings: Sequence[str] = ()
+    """Texts that end a completion."""
+    seed: int | None = None
+    """Of the random numbers; None for one of its own."""
 
     def __post_init__(self) -> None:
+        for name, least in (("max_new_tokens", 1), ("num_return_sequences", 1)):
+            count = getattr(self, name)
+            _require(name, count, count >= least, f"at least {least}")
         _require(
-            "temperature",
-            self.temperature,
-            0 <= self.temperature < math.inf,
-            "a finite number >= 0",
+            "min_new_tokens",
+            self.min_new_tokens,
+            0 <= self.min_new_tokens <= self.max_new_tokens,
+            f"0..{self.max_new_tokens} (max_new_tokens)",
         )
-        _require("top_k", self.top_k, self.top_k >= 0, ">= 0 (0 keeps all tokens)")
+        temperature, penalty = self.temperature, self.repetition_penalty
+        _require("temperature", temperature, 0 <= temperature < math.inf, "a finite number >= 0")
+        _require("top_k", self.top_k, 0 <= self.top_k < 1 << 31, ">= 0 (0 keeps all tokens)")
         _require("top_p", self.top_p, 0 < self.top_p <= 1, "a number in (0, 1]")
         _require("min_p", self.min_p, 0 <= self.min_p <= 1, "a number in [0, 1]")
-        penalty = self.repetition_penalty
         _require("repetition_penalty", penalty, 0 < penalty < math.inf, "a finite number > 0")
+        self._settle_stops()
+
+    def _settle_stops(self) -> None:
+        ids, texts = self.stop_token_ids, self.stop_strings
+        texts = (texts,) if isinstance(texts, str) else tuple(texts)
+        _require("stop_strings", texts, all(texts), "texts that are not empty")
+        object.__setattr__(self, "stop_strings", texts)
+        if ids is not None:
+            ids = tuple(int(token) for token in ids)
+            _require("stop_token_ids", ids, all(token >= 0 for token in ids), "token ids >= 0")
+            object.__setattr__(self, "stop_token_ids", ids)
 
     @property
     def greedy(self) -> bool:
@@ -58,11 +88,6 @@ class SamplingParams:
     @property
     def penalised(self) -> bool:
         return self.repetition_penalty != 1
-
-    @property
-    def filtered(self) -> bool:
-        """Whether the distribution sampled from differs from softmax(logits / temperature)."""
-        return self.penalised or self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
 
 class Draw(NamedTuple):
@@ -76,36 +101,75 @@ class Draw(NamedTuple):
     """Under the filtered distribution that the token was drawn from [B], fp32."""
 
 
-def sample(
-    logits: Tensor, params: SamplingParams, uniform: Tensor, seen: Tensor | None = None
-) -> Draw:
+@dataclass(frozen=True)
+class SamplingRows:
+    """How each row of a batch draws its next token; one element, or row, for each."""
+
+    temperature: Tensor
+    """[B], fp32; 0 is greedy."""
+    top_p: Tensor
+    """[B], fp32."""
+    min_p: Tensor
+    """[B], fp32."""
+    repetition_penalty: Tensor
+    """[B], fp32."""
+    top_k: Tensor
+    """[B], int32."""
+    key: Tensor
+    """Stream of random numbers [B], int64."""
+    count: Tensor
+    """Tokens drawn so far [B], int32."""
+    min_count: Tensor
+    """With fewer, no stop token is drawn [B], int32."""
+    stop_tokens: Tensor
+    """[B, S], int32, -1 where there is none."""
+    seen: Tensor
+    """Tokens that the repetition penalty is for [B, V], uint8; [B, 0] where no row has one."""
+
+    @classmethod
+    def of(
+        cls, arrays: Any, rows: Any = slice(None), device: torch.device | str = "cpu"
+    ) -> SamplingRows:
+        """The rows of a running batch: NumPy arrays, or tensors, as attributes of these names.
+
+        On the CPU they are not copied.
+        """
+        columns = (getattr(arrays, field.name)[rows] for field in fields(cls))
+        return cls(*(torch.as_tensor(column).to(device) for column in columns))
+
+    def __len__(self) -> int:
+        return self.temperature.numel()
+
+
+def sample(logits: Tensor, rows: SamplingRows) -> Draw:
     """Draw one token for each row of logits.
 
     Args:
         logits: [B, V], fp32.
-        params: the distribution to draw from.
-        uniform: one number in [0, 1) per row [B], fp32; not read when greedy.
-        seen: tokens that the repetition penalty is for [B, V], bool; read only when it is not 1.
+        rows: how, on the same device.
 
     Returns:
         The tokens and their log-probabilities. Greedy: `logprobs` are at temperature 1, and
-        `sampling_logprobs` are 0, since the choice was certain.
+        `sampling_logprobs` are 0, since the choice was certain. Logits that are not finite give
+        log-probabilities that are not finite.
     """
-    natural = logits if params.greedy or params.temperature == 1 else logits / params.temperature
-    logp = torch.log_softmax(natural, dim=-1)
-    if params.penalised:
-        assert seen is not None
-        logits = _penalise(logits, seen, params.repetition_penalty)
-    if params.greedy:
-        tokens = logits.argmax(dim=-1)
-        return Draw(tokens, _pick(logp, tokens), torch.zeros_like(uniform))
-    if not params.filtered:
-        tokens = _invert(logp, uniform)
-        logprobs = _pick(logp, tokens)
-        return Draw(tokens, logprobs, logprobs)
-    filtered = torch.log_softmax(_filter(logits / params.temperature, params), dim=-1)
-    tokens = _invert(filtered, uniform)
-    return Draw(tokens, _pick(logp, tokens), _pick(filtered, tokens))
+    native = logits.device.type == "cpu" and backend.requested() in ("auto", "cpp")
+    if native and cpp.available():
+        return Draw(*cpp.sampling.draw(logits, rows))
+    return sample_reference(logits, rows)
+
+
+def sample_reference(logits: Tensor, rows: SamplingRows) -> Draw:
+    """The definition of `sample`, in PyTorch."""
+    greedy = rows.temperature == 0
+    temperature = torch.where(greedy, 1, rows.temperature)[:, None]
+    logp = torch.log_softmax(logits / temperature, dim=-1)
+    scores = _without_stops(_penalise(logits, rows), rows) / temperature
+    filtered = torch.log_softmax(_filter(scores, rows), dim=-1)
+    drawn = _invert(filtered, uniforms(rows.key, rows.count))
+    tokens = torch.where(greedy, scores.argmax(dim=-1), drawn)
+    sampling_logp = torch.where(greedy, 0, _pick(filtered, tokens))
+    return Draw(tokens, _pick(logp, tokens), sampling_logp)
 
 
 def random_keys(seed: int, request_ids: Tensor, samples: Tensor) -> Tensor:
@@ -158,31 +222,44 @@ def _pick(logp: Tensor, tokens: Tensor) -> Tensor:
     return logp.gather(1, tokens[:, None]).squeeze(1)
 
 
-def _penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+def _penalise(logits: Tensor, rows: SamplingRows) -> Tensor:
+    if rows.seen.shape[1] == 0:
+        return logits
+    penalty = rows.repetition_penalty[:, None]
+    penalised = torch.where(logits < 0, logits * penalty, logits / penalty)
+    return torch.where(rows.seen.bool(), penalised, logits)
 
 
-def _filter(scores: Tensor, params: SamplingParams) -> Tensor:
+def _without_stops(logits: Tensor, rows: SamplingRows) -> Tensor:
+    """Logits with -inf at the stop tokens of the rows that are too short to end."""
+    banned = (rows.count < rows.min_count)[:, None] & (rows.stop_tokens >= 0)
+    # One column more takes what is not banned.
+    places = torch.where(banned, rows.stop_tokens, logits.shape[1]).long()
+    ban = logits.new_zeros(logits.shape[0], logits.shape[1] + 1, dtype=torch.bool)
+    return logits.masked_fill(ban.scatter_(1, places, True)[:, :-1], -torch.inf)
+
+
+def _filter(scores: Tensor, rows: SamplingRows) -> Tensor:
     """Scores [B, V] with -inf at the tokens that top-k, then top-p, then min-p leave out."""
-    if 0 < params.top_k < scores.shape[-1]:
-        smallest = scores.topk(params.top_k).values[:, -1:]
-        scores = scores.masked_fill(scores < smallest, -torch.inf)
-    if params.top_p < 1:
-        scores = _keep_share(scores, params.top_p)
-    if params.min_p > 0:
-        floor = scores.amax(dim=-1, keepdim=True) + math.log(params.min_p)
-        scores = scores.masked_fill(scores < floor, -torch.inf)
-    return scores
+    filtered = (rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0)
+    if not filtered.any():
+        return scores
+    vocabulary = scores.shape[1]
+    # Stable, so that of equal scores the later one counts as the larger, as in `transformers`.
+    ascending, order = scores.sort(dim=-1, stable=True)
+    limited = (rows.top_k > 0) & (rows.top_k < vocabulary)
+    kept = torch.where(limited, rows.top_k, vocabulary).long()[:, None]
+    smallest = ascending.gather(1, vocabulary - kept)
+    ascending = ascending.masked_fill(ascending < smallest, -torch.inf)
+
+    lower = ascending.softmax(dim=-1).cumsum(dim=-1)
+    out = (lower <= 1 - rows.top_p[:, None]) & (rows.top_p < 1)[:, None]
+    out[:, -1] = False  # the likeliest token stays even where rounding would leave it out
+    out |= ascending < ascending[:, -1:] + rows.min_p[:, None].log()
+    ascending = ascending.masked_fill(out, -torch.inf)
+    return torch.empty_like(scores).scatter_(1, order, ascending)
 
 
-def _keep_share(scores: Tensor, share: float) -> Tensor:
-    ascending, order = scores.sort(dim=-1)
-    # The likeliest token stays even where rounding would leave it out.
-    out = ascending.softmax(dim=-1).cumsum(dim=-1)[:, :-1] <= 1 - share
-    removed = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order[:, :-1], out)
-    return scores.masked_fill(removed, -torch.inf)
-
-
-def _require(name: str, found: float, valid: bool, expected: str) -> None:
+def _require(name: str, found: Any, valid: bool, expected: str) -> None:
     if not valid:
         raise ValueError(f"{name}: expected {expected}, found {found}")

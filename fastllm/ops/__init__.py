@@ -4,7 +4,7 @@ from .attention import attention, attention_reference
 from .backend import BACKENDS, OPS, report, use_backend
 from .decode_attention import decode_attention, decode_attention_reference
 from .linear_logprob import linear_cross_entropy, linear_logprob, linear_logprob_reference
-from .matmul import linear, matmul
+from .matmul import linear, matmul, same_order
 from .pairwise_loss import pairwise_loss, pairwise_loss_reference
 from .rms_norm import rms_norm, rms_norm_reference
 from .rope import rope, rope_reference
@@ -29,6 +29,7 @@ __all__ = [
     "rms_norm_reference",
     "rope",
     "rope_reference",
+    "same_order",
     "swiglu",
     "swiglu_reference",
     "use_backend",

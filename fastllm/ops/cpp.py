@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Callable
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..layout import PackedLayout
+from .shapes import register_shapes
 
 _BUILD = "pip install -e . (needs a C++ compiler: gcc 10+ or clang 14+) and start Python again"
 
@@ -47,6 +47,15 @@ def fast_bf16_dot() -> bool:
         RuntimeError: the extension was not built or does not load.
     """
     return _loaded().fast_bf16_dot()
+
+
+def decoder_class() -> Any:
+    """The class Decoder (csrc/decoder.h).
+
+    Raises:
+        RuntimeError: the extension was not built or does not load.
+    """
+    return _loaded().Decoder
 
 
 def keep_memory() -> bool:
@@ -80,7 +89,7 @@ def _load() -> tuple[ModuleType | None, str]:
         why = f"C++ extension is broken: {error}"
         warnings.warn(f"fastllm: {why}", RuntimeWarning, stacklevel=2)
         return None, why
-    _register_shapes()
+    register_shapes()
     levels = ", ".join(extension.isa_levels())
     return extension, f"C++ extension built for {levels}; running {extension.isa()}"
 
@@ -89,8 +98,32 @@ class matmul:
     """out = a b, or out += a b."""
 
     @staticmethod
-    def product_(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
-        _op("matmul_")(a, b, out, add)
+    def product_(a: Tensor, b: Tensor, out: Tensor, add: bool, in_order: bool) -> None:
+        _op("matmul_")(a, b, out, add, in_order)
+
+
+class packed_matmul:
+    """x [M, K] times a matrix that was packed once; see csrc/packed_matmul.cpp."""
+
+    FLOAT32, BFLOAT16, INT8 = 0, 1, 2
+
+    @staticmethod
+    def pack(weight: Tensor, packing: int) -> tuple[Tensor, Tensor]:
+        """weight [N, K] -> its panels and their scales (for INT8)."""
+        return _op("pack_matrix")(weight, packing)
+
+    @staticmethod
+    def product(
+        x: Tensor,
+        panels: Tensor,
+        scales: Tensor,
+        packing: int,
+        columns: int,
+        bias: Tensor | None = None,
+        wide: bool = False,
+    ) -> Tensor:
+        """x weight^T + bias [M, N], in fp32 when `wide`, else in the dtype of x."""
+        return _op("packed_matmul")(x, panels, scales, packing, columns, bias, wide)
 
 
 class rms_norm:
@@ -236,33 +269,31 @@ class attention:
 
 
 class decode_attention:
-    """One new token per sequence against a shared prompt and the sequence's own tail."""
+    """One new token per sequence against the cache blocks of its prompt and of its tail."""
 
     READS_STRIDES = True
 
     @staticmethod
     def forward(
         q: Tensor,
-        prefix_k: Tensor,
-        prefix_v: Tensor,
-        prefix_starts: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        prefix_blocks: Tensor,
+        prefix_lengths: Tensor,
         group: Tensor,
-        tail_k: Tensor,
-        tail_v: Tensor,
-        tail_rows: Tensor,
+        tail_blocks: Tensor,
         tail_lengths: Tensor,
         scale: float,
         window: int,
     ) -> Tensor:
         return _op("decode_attention_forward")(
             q,
-            prefix_k,
-            prefix_v,
-            prefix_starts,
+            keys,
+            values,
+            prefix_blocks,
+            prefix_lengths,
             group,
-            tail_k,
-            tail_v,
-            tail_rows,
+            tail_blocks,
             tail_lengths,
             scale,
             window,
@@ -291,6 +322,30 @@ class linear_logprob:
     ) -> None:
         _op("linear_logprob_backward_")(
             logits, targets, lse, entropy, dlogp, dentropy, temperature, softcap
+        )
+
+
+class sampling:
+    """The next token of each row of logits."""
+
+    @staticmethod
+    def draw(logits: Tensor, rows: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens, log-probabilities, and those under the distribution that was drawn from.
+
+        `rows`: as `fastllm.generation.sampling.SamplingRows`.
+        """
+        return _op("sample")(
+            logits,
+            rows.temperature,
+            rows.top_p,
+            rows.min_p,
+            rows.repetition_penalty,
+            rows.top_k,
+            rows.key,
+            rows.count,
+            rows.min_count,
+            rows.stop_tokens,
+            rows.seen,
         )
 
 
@@ -326,53 +381,3 @@ class optimizer:
         `options`: gradient_scale, learning_rate, beta1, beta2, eps, weight_decay.
         """
         _op("adamw_")(parameters, gradients, means, squares, steps, *options)
-
-
-# Shapes and dtypes of the results, for torch.compile and for checks without data. The arguments
-# are those of the ops above.
-
-
-def _register_shapes() -> None:
-    def float32(like: Tensor, *shape: int) -> Tensor:
-        return like.new_empty(shape, dtype=torch.float32)
-
-    def rms_norm_forward(x, weight, eps, residual):
-        h = x.new_empty((0, 0) if residual is None else x.shape)
-        return x.new_empty(x.shape), h, float32(x, x.shape[0])
-
-    def rms_norm_backward(dy, dh, h, weight, rstd, weight_grad):
-        return h.new_empty(h.shape), float32(h, h.shape[1] if weight_grad else 0)
-
-    def attention_forward(q, *_arguments):
-        return q.new_empty(q.shape), float32(q, *q.shape[:2])
-
-    def linear_logprob_forward(logits, *_arguments):
-        return tuple(float32(logits, logits.shape[0]) for _ in range(3))
-
-    def pairwise_loss_forward(chosen, *_arguments):
-        shape = chosen.shape
-        return float32(chosen), float32(chosen, *shape), float32(chosen, *shape)
-
-    shapes: dict[str, Callable[..., Any]] = {
-        "matmul_": lambda *_: None,
-        "rms_norm_forward": rms_norm_forward,
-        "rms_norm_backward": rms_norm_backward,
-        "rope_forward": lambda q, k, *_: (q.new_empty(q.shape), k.new_empty(k.shape)),
-        "rope_into_": lambda *_: None,
-        "swiglu_forward": lambda gate, _up: gate.new_empty(gate.shape),
-        "swiglu_backward": lambda _dout, gate, up: (
-            gate.new_empty(gate.shape),
-            up.new_empty(up.shape),
-        ),
-        "swiglu_backward_into_": lambda *_: None,
-        "attention_forward": attention_forward,
-        "attention_backward_into_": lambda *_: None,
-        "decode_attention_forward": lambda q, *_: q.new_empty(q.shape),
-        "linear_logprob_forward": linear_logprob_forward,
-        "linear_logprob_backward_": lambda *_: None,
-        "pairwise_loss_forward": pairwise_loss_forward,
-        "gradient_norm": lambda gradients: gradients[0].new_empty((), dtype=torch.float64),
-        "adamw_": lambda *_: None,
-    }
-    for name, shape in shapes.items():
-        torch.library.register_fake(f"fastllm::{name}", shape)

@@ -6,6 +6,8 @@ it is the faster one: `choice` has the rule, docs/decisions.md the measurements.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -17,6 +19,31 @@ from . import backend, cpp
 
 # Below this, copying b into blocks costs more than the faster inner loop saves.
 _FEWEST_ROWS = 32
+
+_in_order = False
+
+
+@contextlib.contextmanager
+def same_order() -> Iterator[None]:
+    """Form every sum of a product in the order of its depth, however many rows there are.
+
+    Outside, the fastest product for a number of rows serves, and their orders differ. Inside, a
+    row of a product is the same to the last bit in a batch of any size, and the same as in the
+    token step of generation (csrc/packed_matmul.cpp): what samples and what trains agree.
+
+    Raises:
+        ValueError: the C++ backend cannot serve; inside, a product that is not fp32 on the CPU.
+    """
+    global _in_order
+    if not cpp.available():
+        raise ValueError(f"same_order: expected the C++ kernels, but {cpp.reason()}")
+    if backend.requested() not in ("auto", "cpp"):
+        raise ValueError(f"same_order: expected the C++ backend, found {backend.requested()}")
+    before, _in_order = _in_order, True
+    try:
+        yield
+    finally:
+        _in_order = before
 
 
 def matmul(
@@ -55,7 +82,7 @@ def matmul(
         return _torch_matmul(a, b, out, add)
     if a.shape[1] == 0:
         return out if add else out.zero_()
-    cpp.matmul.product_(_dense(a), _dense(b), out, add)
+    cpp.matmul.product_(_dense(a), _dense(b), out, add, _in_order)
     return out
 
 
@@ -113,6 +140,11 @@ class _Linear(torch.autograd.Function):
 
 
 def _served_by_cpp(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
+    if _in_order:
+        found = {t.device.type for t in (a, b)}, {a.dtype, b.dtype, dtype}
+        if found != ({"cpu"}, {torch.float32}):
+            raise ValueError(f"same_order: expected float32 on the CPU, found {found}")
+        return True
     if a.device.type != "cpu":
         return False
     requested = backend.requested()

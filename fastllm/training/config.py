@@ -13,6 +13,21 @@ from typing import Any, ClassVar, Literal
 
 SCRATCH_LEARNING_RATE = 1e-3
 
+GENERATION_KWARGS = (
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "min_new_tokens",
+    "stop_token_ids",
+    "stop_strings",
+    "cache_bytes",
+    "max_batch_size",
+    "prefill_tokens",
+    "weights",
+)
+"""What `GRPOConfig.generation_kwargs` may hold: keywords of `fastllm.generate`."""
+
 
 @dataclass(kw_only=True)
 class TrainingConfig:
@@ -168,6 +183,9 @@ class GRPOConfig(TrainingConfig):
     top_k: int = 0
     min_p: float | None = None
     repetition_penalty: float = 1.0
+    generation_kwargs: dict[str, Any] | None = None
+    """More keywords of `fastllm.generate` (min_new_tokens, stop_strings, cache_bytes, ...); they
+    override the fields above."""
     beta: float = 0.0
     """Weight of the KL term against the reference; 0 loads no reference."""
     epsilon: float = 0.2
@@ -179,15 +197,27 @@ class GRPOConfig(TrainingConfig):
     """Optimizer passes over each batch of rollouts."""
     steps_per_generation: int | None = None
     """Passes (micro-batches) between rollouts; None for gradient_accumulation_steps."""
+    max_tokens_per_pass: int | None = None
+    """Divide a step's completions into passes of at most so many packed tokens instead of
+    per_device_train_batch_size completions: the same loss and gradients."""
+    dynamic_sampling_rounds: int = 0
+    """Rounds in which groups of equal rewards are replaced by groups of new prompts (dynamic
+    sampling of DAPO); 0 for none. A round ends early where nothing is left to replace."""
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"] = "dapo"
     importance_sampling_level: Literal["token", "sequence"] = "token"
     """sequence is GSPO; use it with loss_type grpo."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     reward_weights: list[float] | None = None
     """One weight for each reward function; None for 1 each."""
+    reward_batch_size: int | None = None
+    """Completions (rounded up to whole groups) that reward functions get at a time, in a thread,
+    while later ones are sampled; None: all in one call, after sampling, as in TRL."""
     mask_truncated_completions: bool = False
     """Completions that reached max_completion_length carry no loss."""
     shuffle_dataset: bool = True
+    deterministic: bool = False
+    """Sample and train with one order of summation: in fp32 on the CPU, the sampler's
+    log-probabilities are the trainer's, bit for bit. Slower."""
     log_completions: bool = False
     """Write the completions of logged steps to completions.jsonl."""
 
@@ -216,6 +246,53 @@ class GRPOConfig(TrainingConfig):
                 f"steps_per_generation ({self.steps_per_generation}) must be a multiple of "
                 f"gradient_accumulation_steps ({self.gradient_accumulation_steps})"
             )
+        self._check_counts()
+        self._check_generation_kwargs()
+        self._check_deterministic()
+
+    def _check_counts(self) -> None:
+        for name in ("max_completion_length", "num_iterations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
+        for name in ("max_tokens_per_pass", "reward_batch_size", "steps_per_generation"):
+            found = getattr(self, name)
+            if found is not None and found < 1:
+                raise ValueError(f"{name}: expected at least 1 or None, found {found}")
+        if self.dynamic_sampling_rounds < 0:
+            raise ValueError(
+                "dynamic_sampling_rounds: expected 0 (none) or more, found "
+                f"{self.dynamic_sampling_rounds}"
+            )
+
+    def _check_generation_kwargs(self) -> None:
+        if not isinstance(self.generation_kwargs, dict | None):
+            raise ValueError(
+                f"generation_kwargs: expected a dict or None, found {self.generation_kwargs!r}"
+            )
+        elsewhere = {"temperature": "temperature", "max_new_tokens": "max_completion_length"}
+        for name in self.generation_kwargs or ():
+            if name in elsewhere:
+                raise ValueError(
+                    f"generation_kwargs: {name} concerns the loss too: set {elsewhere[name]}"
+                )
+            if name not in GENERATION_KWARGS:
+                raise ValueError(
+                    f"generation_kwargs: expected keys among {', '.join(GENERATION_KWARGS)}; "
+                    f"found {name!r}"
+                )
+
+    def _check_deterministic(self) -> None:
+        if not self.deterministic:
+            return
+        for name in ("packing", "share_prefix"):
+            if not getattr(self, name):
+                raise ValueError(
+                    f"deterministic: expected {name} True (the sampler reads a prompt once, and "
+                    "sums in that order), found False"
+                )
+        if self.dtype not in ("auto", "fp32") or self.bf16 or self.fp16:
+            found = self.dtype if self.dtype not in ("auto", "fp32") else "bf16 or fp16"
+            raise ValueError(f"deterministic: expected dtype fp32, found {found}")
 
     @property
     def passes_per_rollout(self) -> int:

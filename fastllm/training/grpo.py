@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,19 @@ from ..model.lora import disable_lora
 from ..model.transformer import Transformer
 from . import distributed
 from .averages import Averages, Metric
+from .completions_log import write_completions
 from .config import GRPOConfig
+from .groups import Group, GroupSource, sampling_options
 from .grpo_loss import Tokens, grpo_loss
-from .loop import Pass
-from .rewards import Rewards, Rollout
-from .rollouts import GRPOBatch, RolloutSource, as_rollout
+from .grpo_metrics import SamplerAgreement, mean
+from .grpo_passes import GRPOBatch, PassPlan
+from .loop import Pass, TrainOutput
+from .rewards import Rewards
+from .rollouts import RolloutSource
+from .sampler import EpochSampler
+from .scoring import RewardLog, Scorer, as_rollout
 from .start import config_from, finish
+from .timings import Timings
 from .trainer import Trainer, frozen_copy, split_by_prompt
 
 
@@ -126,6 +132,7 @@ class GRPOTrainer(Trainer):
         peft_config: Any = None,
     ) -> None:
         super().__init__(model, args, processing_class, callbacks, peft_config)
+        sampling_options(self.args, self.processing_class)  # raises now what sampling would
         records, held = prompt_records(train_dataset), None
         if eval_dataset is not None:
             held = prompt_records(eval_dataset, "eval_prompts")
@@ -134,6 +141,7 @@ class GRPOTrainer(Trainer):
                 records, self.args.eval_fraction, self.args.seed, lambda r: str(r.prompt)
             )
         self._prompts = self._encode(records)
+        self._check_budget()
         self._held = None if held is None else self._encode(held)
         self.rewards = Rewards(
             _listed(reward_funcs),
@@ -142,21 +150,34 @@ class GRPOTrainer(Trainer):
             self.device,
             self.dtype,
         )
-        self._extra_metrics: dict[str, Metric] = {}
-        self._extra_columns: dict[str, list[Any]] = {}
+        self._log, self._agreement = RewardLog(), SamplerAgreement()
         self._reference = self._reference_model()
+        self._check_deterministic()
+
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None) -> TrainOutput:
+        with self._one_order():
+            return super().train(resume_from_checkpoint)
 
     def source(self) -> RolloutSource:
+        config, world = self.args, distributed.world_size()
+        per_rank = config.per_device_train_batch_size * config.passes_per_rollout
+        prompts = per_rank // config.num_generations * world
+        sampler = EpochSampler(
+            len(self._prompts), prompts, config.seed, shuffle=config.shuffle_dataset, fill=True
+        )
+        timings = Timings("prefill", "decode", "reward", "train")
+        scorer = Scorer(self.rewards, self.processing_class, self._log, self._context())
+        pad = self.processing_class.pad_token_id or 0
         return RolloutSource(
             self.model,
-            self._prompts,
-            self.rewards,
-            self.processing_class,
-            self.args,
-            self.device,
-            self._policy_logp,
-            self._context(),
-            self._write_completions,
+            GroupSource(self.model, self._prompts, sampler, scorer, config, timings),
+            PassPlan(config, self.device, pad),
+            config,
+            reward_names=self.rewards.names,
+            policy_logp=self._policy_logp,
+            on_rollout=self._write_completions,
+            on_step=lambda: self._agreement.take() | self._log.take_metrics(),
+            timings=timings,
         )
 
     def loss(self, model: Any, batch: GRPOBatch) -> tuple[Tensor, dict[str, Metric]]:
@@ -168,20 +189,14 @@ class GRPOTrainer(Trainer):
             sequence=batch.tokens.sequence,
             lengths=batch.lengths,
             advantages=batch.advantages,
+            weights=batch.weights,
+            skipped=batch.skipped,
         )
         loss, metrics = grpo_loss(tokens, self.args)
-        count = logp.numel()
         # Old log-probabilities are the trainer's own of the rollout's weights; on policy, now.
         trainer_logp = logp.detach() if batch.old_logp is None else batch.old_logp
-        difference = (trainer_logp - batch.sampler_logp).abs()
-        metrics |= {
-            "entropy": (entropy.detach().sum(), count),
-            "sampling/sampling_logp_difference/mean": (difference.sum(), count),
-            **self._take_extra_metrics(),
-        }
-        if count:
-            metrics["sampling/sampling_logp_difference/max"] = (difference.max(), 1)
-        return loss, metrics
+        self._agreement.add(trainer_logp, batch.sampler_logp)
+        return loss, metrics | {"entropy": (entropy.detach().sum(), logp.numel())}
 
     def evaluation_passes(self) -> list[Pass] | None:
         """GRPO evaluates by sampling; the presence of held-out prompts is what counts."""
@@ -190,28 +205,29 @@ class GRPOTrainer(Trainer):
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Mean reward of one greedy completion for each held-out prompt, `eval_reward` and
-        `eval_rewards/<function>/mean`."""
+        `eval_rewards/<function>/mean`; penalty and stops are those of training."""
         if self._held is None:
             raise ValueError("evaluate: there are no held-out prompts (eval_dataset)")
         rank, world = distributed.rank(), distributed.world_size()
         held = self._held[rank::world]
-        completions = generation.generate(
-            self.model,
-            [p.input_ids for p in held],
-            self.args.max_completion_length,
-            temperature=0.0,
-        )
-        rollout = as_rollout(held, completions, self.processing_class)
-        total, each = self.rewards(rollout, **self._context())
-        self._extra_columns.clear()
+        with self._one_order():
+            completions = generation.generate(
+                self.model,
+                [p.input_ids for p in held],
+                self.args.max_completion_length,
+                temperature=0.0,
+                **sampling_options(self.args, self.processing_class),
+            )
+            rollout = as_rollout(held, completions, self.processing_class)
+            total, each = self.rewards(rollout, **self._context())
+        self._log.take_extra(0)
         averages = Averages()
-        averages.add(self._take_extra_metrics())
+        averages.add(self._log.take_metrics())
         columns = zip(
             ["reward", *self._reward_metric_names()], [total, *each.unbind(1)], strict=True
         )
         for name, values in columns:
-            known = values[~values.isnan()]
-            averages.add({name: (known.sum(), known.numel())})
+            averages.add({name: mean(values)})
         lengths = [len(c.token_ids) for c in completions]
         averages.add({"completions/mean_length": (sum(lengths), len(lengths))})
         return {f"eval_{name}": value for name, value in averages.pop().items()}
@@ -228,6 +244,16 @@ class GRPOTrainer(Trainer):
                 f"{max(allowed, 1)} tokens"
             )
         return encode_prompts(records, self.processing_class, allowed)[0]
+
+    def _check_budget(self) -> None:
+        longest = max(len(p.input_ids) for p in self._prompts)
+        needed = longest + self.args.max_completion_length
+        budget = self.args.max_tokens_per_pass
+        if budget is not None and budget < needed:
+            raise ValueError(
+                f"max_tokens_per_pass: expected at least {needed}, the longest prompt ({longest}) "
+                f"and max_completion_length ({self.args.max_completion_length}); found {budget}"
+            )
 
     def _logp(self, model: Transformer, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         hidden = model.hidden(batch.input_ids, batch.layout, batch.rows)
@@ -265,35 +291,41 @@ class GRPOTrainer(Trainer):
         """What TRL passes to every reward function beside the data."""
         return {
             "trainer_state": self.state,
-            "log_extra": self._log_extra,
-            "log_metric": self._log_metric,
+            "log_extra": self._log.extra,
+            "log_metric": self._log.metric,
         }
 
-    def _log_metric(self, name: str, value: float) -> None:
-        total, count = self._extra_metrics.get(name, (0.0, 0))
-        self._extra_metrics[name] = (total + float(value), count + 1)
-
-    def _take_extra_metrics(self) -> dict[str, Metric]:
-        taken, self._extra_metrics = self._extra_metrics, {}
-        return taken
-
-    def _log_extra(self, column: str, values: Iterable[Any]) -> None:
-        self._extra_columns.setdefault(column, []).extend(values)
-
-    def _write_completions(self, rollout: Rollout, rewards: Tensor) -> None:
-        extra, self._extra_columns = self._extra_columns, {}
+    def _write_completions(self, groups: Sequence[Group]) -> None:
         step = self.state.global_step
         due = step % self.args.logging_steps == 0
         if not (self.args.log_completions and due and distributed.is_main()):
             return
-        known = [None if math.isnan(reward) else reward for reward in rewards.tolist()]
-        rows = zip(rollout.prompts, rollout.completions, known, strict=True)
         path = Path(self.args.output_dir) / "completions.jsonl"
-        with path.open("a", encoding="utf-8") as file:
-            for i, (prompt, completion, reward) in enumerate(rows):
-                row = {"step": step, "prompt": prompt, "completion": completion, "reward": reward}
-                row |= {name: values[i] for name, values in extra.items() if i < len(values)}
-                file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+        write_completions(path, step, groups, self.processing_class)
+
+    # -- one order of summation -----------------------------------------------------------------
+
+    def _one_order(self) -> AbstractContextManager[Any]:
+        return ops.same_order() if self.args.deterministic else nullcontext()
+
+    def _check_deterministic(self) -> None:
+        """Refuse now what sampler and trainer do not sum alike."""
+        if not self.args.deterministic:
+            return
+        config = self.model.config
+        found = {
+            "adapters (LoRA)": hasattr(self.model, "lora_config"),
+            "sliding windows": any(map(config.window, range(config.num_hidden_layers))),
+        }
+        for name, present in found.items():
+            if present:
+                raise ValueError(f"deterministic: expected a model without {name}, found one")
+        if self.dtype is not torch.float32 or self.device.type != "cpu":
+            raise ValueError(
+                f"deterministic: expected fp32 on the CPU, found {self.dtype} on {self.device}"
+            )
+        with self._one_order():  # it says by itself what it cannot honour
+            pass
 
 
 def _listed(value: Any) -> list[Any]:

@@ -6,6 +6,7 @@ GRPO (Shao et al., 2024), BNPO, Dr. GRPO (Liu et al., 2025), DAPO (Yu et al., 20
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,8 @@ class Tokens:
         sequence: completion of each token [M], int64.
         lengths: tokens of each completion [B].
         advantages: of each completion [B].
+        weights: of each token of a completion in the step's sum [B], see `token_weights`.
+        skipped: tokens that carry loss but are not among the M, since their advantage is 0.
     """
 
     logp: Tensor
@@ -34,6 +37,8 @@ class Tokens:
     sequence: Tensor
     lengths: Tensor
     advantages: Tensor
+    weights: Tensor
+    skipped: int = 0
 
 
 def grpo_loss(tokens: Tokens, config: GRPOConfig) -> tuple[Tensor, dict[str, Metric]]:
@@ -59,42 +64,52 @@ def grpo_loss(tokens: Tokens, config: GRPOConfig) -> tuple[Tensor, dict[str, Met
     else:
         bounded = ratio if config.delta is None else ratio.clamp(max=config.delta)
         loss = -torch.min(bounded * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
-    metrics = _clip_metrics(ratio.detach(), advantage, low, high, config.loss_type)
+    count = max(1, ratio.numel() + tokens.skipped)
+    metrics = _clip_metrics(ratio.detach(), advantage, low, high, config.loss_type, count)
     if tokens.reference is not None:
         gap = tokens.reference - tokens.logp
         k3 = gap.exp() - gap - 1  # Schulman (2020): unbiased, never negative
         loss = loss + config.beta * k3 * ratio
         metrics["kl"] = (k3.detach().sum(), k3.numel())
-    return (loss * _token_weights(tokens, config)).sum(), metrics
+    return (loss * tokens.weights[tokens.sequence]).sum(), metrics
 
 
-def normaliser(config: GRPOConfig, completions: int, loss_tokens: int) -> float:
-    """What one pass adds to the step's normaliser.
+def token_weights(config: GRPOConfig, lengths: Sequence[int]) -> list[float]:
+    """Weight of a token of each completion in the sum that `normaliser` divides.
 
     Args:
-        completions: of the pass, masked ones included.
-        loss_tokens: completion tokens that carry loss.
+        lengths: loss tokens of every completion of a step on this rank, 0 for masked ones.
+            For bnpo, per_device_train_batch_size of them in a row are TRL's micro-batch, whose
+            tokens share a weight of 1.
+    """
+    match config.loss_type:
+        case "grpo":
+            return [1.0 / max(1, length) for length in lengths]
+        case "bnpo":
+            size = config.per_device_train_batch_size
+            totals = [sum(lengths[i : i + size]) for i in range(0, len(lengths), size)]
+            return [1.0 / max(1, totals[i // size]) for i in range(len(lengths))]
+        case _:
+            return [1.0] * len(lengths)
+
+
+def normaliser(config: GRPOConfig, completions: int, loss_tokens: float) -> float:
+    """What a rank adds to a step's normaliser.
+
+    Args:
+        completions: of the step on this rank, those included that are masked or not computed.
+        loss_tokens: completion tokens of a step that carry loss: as in TRL, the mean over the
+            steps that the rollout feeds.
     """
     match config.loss_type:
         case "grpo":
             return completions
         case "bnpo":
-            return 1
+            return -(-completions // config.per_device_train_batch_size)
         case "dr_grpo":
             return completions * config.max_completion_length
         case _:
             return loss_tokens
-
-
-def _token_weights(tokens: Tokens, config: GRPOConfig) -> Tensor | float:
-    """Weight of each token in the sum that `normaliser` divides."""
-    match config.loss_type:
-        case "grpo":
-            return 1.0 / tokens.lengths[tokens.sequence]
-        case "bnpo":
-            return 1.0 / max(1, tokens.logp.numel())
-        case _:
-            return 1.0
 
 
 def _sequence_mean(values: Tensor, tokens: Tokens) -> Tensor:
@@ -104,9 +119,8 @@ def _sequence_mean(values: Tensor, tokens: Tokens) -> Tensor:
 
 
 def _clip_metrics(
-    ratio: Tensor, advantage: Tensor, low: float, high: float, loss_type: str
+    ratio: Tensor, advantage: Tensor, low: float, high: float, loss_type: str, count: int
 ) -> dict[str, Metric]:
-    count = max(1, ratio.numel())
     if loss_type == "cispo":
         clipped = (ratio > high) & (advantage > 0)
         return {"cispo_clip_ratio": (clipped.sum(), count)}
@@ -131,10 +145,12 @@ def group_advantages(
         batch_std: standard deviation of all rewards of the step, for "batch".
 
     Returns:
-        Advantages [B], 0 for completions without a reward; standard deviation of each group
+        Advantages [B], fp32, 0 for completions without a reward; standard deviation of each group
         [B / G] (n - 1 in the denominator).
     """
-    grouped = rewards.view(-1, group_size)
+    # In fp64 the mean of equal fp32 rewards is that reward: their advantage is 0, not the rounding
+    # of a mean over 1e-4.
+    grouped = rewards.double().view(-1, group_size)
     known = ~grouped.isnan()
     count = known.sum(1, keepdim=True)
     mean = grouped.nansum(1, keepdim=True) / count.clamp(min=1)
@@ -145,4 +161,4 @@ def group_advantages(
             difference = difference / (std + 1e-4)
         case "batch":
             difference = difference / (batch_std + 1e-4)
-    return difference.reshape(-1), std.squeeze(1)
+    return difference.reshape(-1).float(), std.squeeze(1).float()

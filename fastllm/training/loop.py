@@ -19,6 +19,7 @@ from .averages import Averages, Metric, on_host
 from .callbacks import Callbacks, TrainerControl, TrainerState
 from .config import TrainingConfig
 from .devices import keep_memory
+from .garbage import collector_spared
 from .logging import MetricsLog, Progress
 from .optimizer import Optimizer
 from .schedule import learning_rate
@@ -121,7 +122,8 @@ def fit(
     loop = _Loop(model, source, loss_fn, config, hooks, peak_learning_rate, scale_loss)
     if resume_from is not None:
         loop.restore(resume_from)
-    return loop.run()
+    with collector_spared():
+        return loop.run()
 
 
 class _Loop:
@@ -283,6 +285,7 @@ class _Loop:
     def _log_line(self) -> None:
         now = time.perf_counter()
         line = self.averages.pop()
+        timings = {name: line.pop(name) for name in list(line) if name.startswith("time/")}
         line |= {
             "learning_rate": self.rate,
             "epoch": self.state.epoch,
@@ -290,7 +293,7 @@ class _Loop:
         }
         speed = self.window_tokens / max(now - self.window_start, 1e-9)
         self.window_tokens, self.window_start = 0, now
-        self.log(line, tokens_per_second=speed)
+        self.log(line, tokens_per_second=speed, **timings)
         if self.progress is not None:
             shown = {name: line[name] for name in self.hooks.shown if name in line}
             self.progress.update(self.state.global_step, 0, **shown)
@@ -301,7 +304,7 @@ class _Loop:
         self.state.log_history.append({"step": step, **line})
         if self.metrics_log is not None:
             self.metrics_log.log(step, {**line, **timing})
-        self._call("on_log", logs=line)
+        self._call("on_log", logs=line, timings=timing)
 
     def evaluate(self) -> dict[str, float]:
         assert self.hooks.evaluate is not None

@@ -76,11 +76,24 @@ class Rewards:
 
     def __call__(self, rollout: Rollout, **context: Any) -> tuple[Tensor, Tensor]:
         """Weighted rewards [B] (NaN where nothing scored) and each function's [B, R], fp32."""
-        columns = [self._score(i, rollout, context) for i in range(len(self._functions))]
-        each = torch.stack(columns, dim=1)
+        each = self.each(rollout, range(len(self._functions)), **context)
+        return self.total(each), each
+
+    @property
+    def models(self) -> list[int]:
+        """Which of the functions are reward models."""
+        return [i for i, f in enumerate(self._functions) if isinstance(f, ModelReward)]
+
+    def each(self, rollout: Rollout, indices: Sequence[int], **context: Any) -> Tensor:
+        """Rewards by the functions of these indices [B, len(indices)], fp32."""
+        columns = [self._score(i, rollout, context) for i in indices]
+        return torch.stack(columns, dim=1)
+
+    def total(self, each: Tensor) -> Tensor:
+        """Weighted sum of all functions' rewards [B, R] -> [B]; NaN where nothing scored."""
         total = (each * self.weights).nansum(dim=1)
         total[each.isnan().all(dim=1)] = torch.nan
-        return total, each
+        return total
 
     def _score(self, index: int, rollout: Rollout, context: dict[str, Any]) -> Tensor:
         function, name = self._functions[index], self.names[index]

@@ -2,53 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import generation
-from ..data.encoding import EncodedPrompt
-from ..data.packing import TokenBatch, pack_groups
-from ..data.tokenizer import Tokenizer
+from ..data.packing import TokenBatch
 from ..generation import Completion
 from ..model.transformer import Transformer
 from . import distributed
 from .averages import Metric
 from .config import GRPOConfig
-from .grpo_loss import group_advantages, normaliser
+from .groups import Group, GroupSource
+from .grpo_loss import group_advantages
+from .grpo_metrics import length_metrics, reward_metrics
+from .grpo_passes import PassPlan, Sample
 from .loop import Pass
-from .rewards import Rewards, Rollout
-from .sampler import EpochSampler
-
-
-@dataclass(frozen=True)
-class GRPOBatch:
-    """One pass: packed completions and what the loss needs of them."""
-
-    tokens: TokenBatch
-    advantages: Tensor
-    """[B], fp32."""
-    lengths: Tensor
-    """Tokens of each completion [B]."""
-    sampler_logp: Tensor
-    """What the sampler computed for each target [M], fp32."""
-    old_logp: Tensor | None
-    """What the policy gave each target when it was sampled [M]; None on policy."""
-
-
-@dataclass
-class Sample:
-    """A completion between rollout and loss."""
-
-    prompt_ids: list[int]
-    completion_ids: list[int]
-    logprobs: list[float]
-    advantage: float
-    masked: bool = False
-    old_logp: list[float] | None = None
+from .timings import Timings
 
 
 class RolloutSource:
@@ -56,58 +28,54 @@ class RolloutSource:
 
     Args:
         model: the policy; it samples and trains with the same weights.
-        prompts: encoded prompts with their columns.
-        rewards: scores completions.
-        tokenizer: of the policy.
-        config: group size, sampling, batch sizes.
-        device: where batches go.
+        groups: where scored completions come from.
+        plan: how a step is cut into passes.
+        config: batch sizes, advantages.
+        reward_names: of the reward functions.
         policy_logp: log-probabilities of a batch's targets under the current policy, no
             gradient; used for what is trained on later than it was sampled.
-        context: what reward functions receive beside the rollout (`trainer_state`, ...).
-        on_rollout: called with every scored rollout and its rewards [B].
+        on_rollout: called with the groups of every rollout.
+        on_step: metrics that the passes of a step left behind, asked for once after each step.
+        timings: of the parts of a step.
     """
 
     def __init__(
         self,
         model: Transformer,
-        prompts: Sequence[EncodedPrompt],
-        rewards: Rewards,
-        tokenizer: Tokenizer,
+        groups: GroupSource,
+        plan: PassPlan,
         config: GRPOConfig,
-        device: torch.device,
-        policy_logp: Any,
-        context: dict[str, Any],
-        on_rollout: Any,
+        *,
+        reward_names: Sequence[str],
+        policy_logp: Callable[[TokenBatch], Tensor],
+        on_rollout: Callable[[Sequence[Group]], None],
+        on_step: Callable[[], dict[str, Metric]],
+        timings: Timings,
     ) -> None:
-        self._model, self._prompts, self._rewards = model, prompts, rewards
-        self._tokenizer, self._config, self._device = tokenizer, config, device
-        self._policy_logp, self._context, self._on_rollout = policy_logp, context, on_rollout
-        per_rank = config.per_device_train_batch_size * config.passes_per_rollout
-        self._prompts_per_rank = per_rank // config.num_generations
-        per_rollout = self._prompts_per_rank * distributed.world_size()
-        self._sampler = EpochSampler(
-            len(prompts), per_rollout, config.seed, shuffle=config.shuffle_dataset, fill=True
-        )
+        self._model, self._groups, self._plan, self._config = model, groups, plan, config
+        self._names, self._policy_logp, self._timings = reward_names, policy_logp, timings
+        self._on_rollout, self._on_step = on_rollout, on_step
         self._steps_per_pass_over = config.passes_per_rollout // config.gradient_accumulation_steps
         self.period = self._steps_per_pass_over * config.num_iterations
-        self.steps_per_epoch = self._sampler.steps_per_epoch * self.period
+        self.steps_per_epoch = groups.rollouts_per_epoch * self.period
         self._samples: list[Sample] = []
         self._metrics: dict[str, Metric] = {}
+        self._training_since = time.perf_counter()
 
     def passes(self, step: int) -> list[Pass]:
         rollout, position = divmod(step, self.period)
         if position == 0:
             self._samples = self._roll_out(rollout)
-        config = self._config
-        part = position % self._steps_per_pass_over
-        per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
-        samples = self._samples[part * per_step : (part + 1) * per_step]
-        size = config.per_device_train_batch_size
-        return [self._pass(samples[i : i + size]) for i in range(0, len(samples), size)]
+        self._training_since = time.perf_counter()
+        samples = self._parts()[position % self._steps_per_pass_over]
+        # As in TRL: the tokens of the rollout, in equal parts for the steps that it feeds.
+        loss_tokens = sum(s.loss_tokens for s in self._samples) / self._steps_per_pass_over
+        return self._plan.step(samples, loss_tokens)
 
     def metrics(self) -> dict[str, Metric]:
+        self._timings.add("train", time.perf_counter() - self._training_since)
         metrics, self._metrics = self._metrics, {}
-        return metrics
+        return metrics | self._on_step() | self._timings.take()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The rollout in progress, so that a run that stops in its middle goes on with it."""
@@ -119,148 +87,62 @@ class RolloutSource:
     def close(self) -> None:
         """Nothing runs beside the step: a rollout needs the weights that the step leaves."""
 
-    # -- rollouts ------------------------------------------------------------------------------
-
     def _roll_out(self, rollout: int) -> list[Sample]:
         # The policy that samples has no dropout, nor does what is remembered of it.
         self._model.eval()
-        config, group = self._config, self._config.num_generations
-        rank, world = distributed.rank(), distributed.world_size()
-        chosen = [self._prompts[i] for i in self._sampler.indices(rollout, rank, world)]
-        completions = generation.generate(
-            self._model,
-            [p.input_ids for p in chosen],
-            config.max_completion_length,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            min_p=config.min_p or 0.0,
-            repetition_penalty=config.repetition_penalty,
-            num_return_sequences=group,
-            seed=config.seed,
-            # Numbers that no other prompt of the run has, whatever the number of ranks.
-            request_ids=[
-                (rollout * self._prompts_per_rank + i) * world + rank for i in range(len(chosen))
-            ],
-        )
-        repeated = [p for p in chosen for _ in range(group)]
-        scored = as_rollout(repeated, completions, self._tokenizer)
-        rewards, each = self._rewards(scored, **self._context)
+        groups, self._metrics = self._groups.groups(rollout)
+        rewards = torch.cat([group.total for group in groups])
         advantages, group_std = group_advantages(
-            rewards, group, config.scale_rewards, distributed_std(rewards)
+            rewards,
+            self._config.num_generations,
+            self._config.scale_rewards,
+            distributed_std(rewards),
         )
-        self._measure(completions, rewards, each, group_std)
-        self._on_rollout(scored, rewards)
+        completions = [(group, c) for group in groups for c in group.completions]
         samples = [
-            Sample(p.input_ids, c.token_ids, c.logprobs, a, self._is_masked(c))
-            for p, c, a in zip(repeated, completions, advantages.tolist(), strict=True)
+            Sample(group.prompt.input_ids, c.token_ids, c.logprobs, advantage, self._is_masked(c))
+            for (group, c), advantage in zip(completions, advantages.tolist(), strict=True)
         ]
+        each = torch.cat([group.each for group in groups])
+        self._metrics |= reward_metrics(rewards, each, self._names, group_std)
+        self._metrics |= length_metrics([c for _, c in completions])
+        self._metrics["frac_groups_skipped"] = self._skipped(samples)
+        self._on_rollout(groups)
         if self.period > 1:
-            self._remember_policy(samples)
+            with self._timings.measuring("train"):
+                self._samples = samples
+                self._remember_policy()
         return samples
 
     def _is_masked(self, completion: Completion) -> bool:
         return self._config.mask_truncated_completions and completion.finish_reason == "length"
 
-    def _remember_policy(self, samples: list[Sample]) -> None:
-        """Log-probabilities under the policy that sampled, before it is trained any further."""
-        size = self._config.per_device_train_batch_size
-        for first in range(0, len(samples), size):
-            active = [s for s in samples[first : first + size] if not s.masked]
-            if not active:
-                continue
-            logp = self._policy_logp(self._pack(active)).cpu()
-            parts = logp.split([len(s.completion_ids) for s in active])
-            for sample, values in zip(active, parts, strict=True):
-                sample.old_logp = values.tolist()
+    def _skipped(self, samples: Sequence[Sample]) -> Metric:
+        """Groups of which no completion is computed in training."""
+        size = self._config.num_generations
+        groups = [samples[i : i + size] for i in range(0, len(samples), size)]
+        return sum(not any(map(self._plan.computed, group)) for group in groups), len(groups)
 
-    # -- passes --------------------------------------------------------------------------------
+    def _remember_policy(self) -> None:
+        """Log-probabilities under the policy that sampled, before it is trained any further.
 
-    def _pass(self, samples: list[Sample]) -> Pass:
-        # A masked completion carries no loss, so it is not computed; it still counts as one.
-        active = [s for s in samples if not s.masked]
-        tokens = self._pack(active)
-        old = None
-        if self.period > 1:
-            old = torch.tensor([v for s in active for v in s.old_logp or ()], device=self._device)
-        batch = GRPOBatch(
-            tokens=tokens,
-            advantages=torch.tensor([s.advantage for s in active], device=self._device),
-            lengths=torch.tensor([len(s.completion_ids) for s in active], device=self._device),
-            sampler_logp=torch.tensor([v for s in active for v in s.logprobs], device=self._device),
-            old_logp=old,
-        )
-        weight = normaliser(self._config, len(samples), tokens.targets.numel())
-        count = sum(len(s.prompt_ids) + len(s.completion_ids) for s in samples)
-        return Pass(batch, weight, count)
+        The passes are those of training, so that the first ratios are exactly 1.
+        """
+        for part in self._parts():
+            for indices in self._plan.divide(part):
+                active = [part[i] for i in indices]
+                if not active:
+                    continue
+                logp = self._policy_logp(self._plan.pack(active)).cpu()
+                values = logp.split([len(s.completion_ids) for s in active])
+                for sample, own in zip(active, values, strict=True):
+                    sample.old_logp = own.tolist()
 
-    def _pack(self, samples: list[Sample]) -> TokenBatch:
-        prompts: list[list[int]] = []
-        group = []
-        for sample in samples:
-            if not prompts or prompts[-1] != sample.prompt_ids:
-                prompts.append(sample.prompt_ids)
-            group.append(len(prompts) - 1)
-        completions = [s.completion_ids for s in samples]
-        longest = None
-        if not self._config.packing:
-            longest = max((len(s.prompt_ids) + len(s.completion_ids) for s in samples), default=0)
-        return pack_groups(
-            prompts,
-            completions,
-            group,
-            share_prefix=self._config.share_prefix,
-            pad_to=longest,
-            pad_token_id=self._tokenizer.pad_token_id or 0,
-        ).to(self._device)
-
-    # -- metrics -------------------------------------------------------------------------------
-
-    def _measure(
-        self, completions: list[Completion], rewards: Tensor, each: Tensor, group_std: Tensor
-    ) -> None:
-        lengths = torch.tensor([len(c.token_ids) for c in completions], dtype=torch.float32)
-        ended = torch.tensor([c.finish_reason == "stop" for c in completions])
-        self._metrics = {
-            "reward": _sum(rewards),
-            "reward_std": (group_std.sum(), group_std.numel()),
-            "frac_reward_zero_std": ((group_std < 1e-8).sum(), group_std.numel()),
-            "completions/mean_length": _sum(lengths),
-            "completions/min_length": (lengths.min(), 1),
-            "completions/max_length": (lengths.max(), 1),
-            "completions/clipped_ratio": ((~ended).sum(), len(completions)),
-        }
-        if ended.any():
-            terminated = lengths[ended]
-            self._metrics |= {
-                "completions/mean_terminated_length": _sum(terminated),
-                "completions/min_terminated_length": (terminated.min(), 1),
-                "completions/max_terminated_length": (terminated.max(), 1),
-            }
-        for name, column in zip(self._rewards.names, each.unbind(1), strict=True):
-            known = column[~column.isnan()]
-            if known.numel():
-                self._metrics[f"rewards/{name}/mean"] = _sum(known)
-                self._metrics[f"rewards/{name}/std"] = (known.std(correction=0), 1)
-
-
-def as_rollout(
-    prompts: Sequence[EncodedPrompt], completions: Sequence[Completion], tokenizer: Tokenizer
-) -> Rollout:
-    """Completions as reward functions see them; one prompt for each completion."""
-    texts = tokenizer.decode_batch([c.token_ids for c in completions])
-    written = [
-        [{"role": "assistant", "content": text}] if isinstance(p.prompt, list) else text
-        for p, text in zip(prompts, texts, strict=True)
-    ]
-    names = {name for p in prompts for name in p.columns}
-    return Rollout(
-        prompts=[p.prompt for p in prompts],
-        completions=written,
-        prompt_ids=[p.input_ids for p in prompts],
-        completion_ids=[c.token_ids for c in completions],
-        columns={name: [p.columns.get(name) for p in prompts] for name in sorted(names)},
-    )
+    def _parts(self) -> list[list[Sample]]:
+        """The completions of each optimizer step of a pass over the rollout."""
+        config = self._config
+        size = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        return [self._samples[i * size : (i + 1) * size] for i in range(self._steps_per_pass_over)]
 
 
 def distributed_std(values: Tensor) -> float:
@@ -273,8 +155,3 @@ def distributed_std(values: Tensor) -> float:
         return 0.0
     squares = distributed.all_reduce_sum((known - total / count).square().sum())
     return (float(squares) / (count - 1)) ** 0.5
-
-
-def _sum(values: Tensor) -> Metric:
-    known = values[~values.isnan()]
-    return known.sum(), known.numel()

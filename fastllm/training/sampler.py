@@ -10,6 +10,9 @@ import math
 
 import torch
 
+_REPLACEMENTS = 1 << 62
+"""Far from the seeds of the epochs."""
+
 
 class EpochSampler:
     """Shuffled epochs over `size` examples, cut into steps and ranks.
@@ -42,6 +45,23 @@ class EpochSampler:
                 self._order = list(itertools.islice(itertools.cycle(self._order), whole))
         first = position * self.per_step
         return self._order[first : first + self.per_step][rank::world_size]
+
+    def others(self, step: int, rank: int = 0, world_size: int = 1) -> list[int]:
+        """Examples that `step` has on no rank, in the order in which they may replace its own.
+
+        Without shuffling these are the ones that come next; else each step has an order of its
+        own.
+        """
+        taken = self.indices(step)
+        if self._shuffle:
+            seed = _REPLACEMENTS + (self._seed << 20) + step
+            order = torch.randperm(self.size, generator=torch.Generator().manual_seed(seed))
+            every = order.tolist()
+        else:
+            after = taken[-1] + 1
+            every = [*range(after, self.size), *range(after)]
+        used = set(taken)
+        return [i for i in every if i not in used][rank::world_size]
 
     def _permutation(self, epoch: int) -> list[int]:
         if not self._shuffle:

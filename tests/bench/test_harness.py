@@ -84,6 +84,7 @@ def test_a_disturbed_round_is_taken_again_for_everybody() -> None:
     blocks = {name: counting(log, name) for name in "ab"}
     turns = in_turns(blocks, 2, sample=shares(0, 0.5, 0.01))
     assert turns.rounds == {"a": (1.0, 5.0), "b": (2.0, 6.0)}
+    assert turns.kept == (0, 2)
     assert not turns.disturbed
     assert turns.foreign == pytest.approx(0.005)
 

@@ -77,6 +77,26 @@ def test_the_share_of_the_roofline() -> None:
     assert {"torch.copy_", "memmove"} == {record.contender for record in copies}
 
 
+def test_reads_are_measured_by_footprint() -> None:
+    options = Options(quick=True, dtypes=("float32",))
+    reads = [r for r in roofline.run(options) if r.name == "read"]
+    assert {"torch.sum", "memchr", "memcmp"} == {record.contender for record in reads}
+    largest = [r for r in reads if r.x == max(read.x for read in reads)]
+    best = max(record.work / min(record.rounds) for record in largest)
+    assert roofline.read_rate(largest[0].work * 1.1, options) == best
+
+
+def test_a_read_that_stops_early_is_no_read() -> None:
+    values = torch.ones(64)
+    roofline._search(values.data_ptr(), values.nbytes)
+    roofline._compare(values.data_ptr(), values.nbytes)
+    values.view(torch.uint8)[161] = 1
+    with pytest.raises(AssertionError, match="memchr"):
+        roofline._search(values.data_ptr(), values.nbytes)
+    with pytest.raises(AssertionError, match="memcmp"):
+        roofline._compare(values.data_ptr(), values.nbytes)
+
+
 def test_memmove_copies_every_slice() -> None:
     from concurrent.futures import ThreadPoolExecutor
 

@@ -24,7 +24,7 @@ from bench.steps.workers import OURS, PEER, Contender, Failed, Worker
 FAKE = textwrap.dedent(
     """
     import json, os, sys
-    from bench.steps.turns import Ended, Line, serve
+    from bench.steps.turns import Ended, Line, Result, serve
 
     settings, line, steps = json.loads(sys.argv[2]), Line(), []
     losses = settings["losses"]
@@ -38,7 +38,11 @@ FAKE = textwrap.dedent(
         if settings.get("dies") == len(steps):
             raise SystemExit("no more memory")
         steps.append(count)
-        return [losses[min(len(steps), len(losses)) - 1]]
+        check = [losses[min(len(steps), len(losses)) - 1]]
+        if "parts" not in settings:
+            return check
+        parts = {name: seconds * count for name, seconds in settings["parts"].items()}
+        return Result(check, 2.0 * count, parts, settings.get("held"))
 
     try:
         serve(line, block)
@@ -199,6 +203,81 @@ def test_missing_data_are_named(fake):
 
     found = run(fake(NAME, [0.7], OURS), job=job)
     assert found[NAME].note == "pairs.jsonl.gz is not in /data"
+
+
+def test_parts_have_records_of_their_own(fake):
+    found = list(
+        contest.run(
+            case_of(
+                fake(NAME, [0.7], OURS, parts={"a": 0.5, "b": 1.5, "c": 0.1}),
+                fake("peer", [0.7], parts={"a": 0.25}),
+                fake("other", [0.7]),
+                parts={"a": (8, "pairs"), "b": (16, "tokens")},
+            ),
+            Options(),
+        )
+    )
+    seconds = {(r.name, r.contender): (r.seconds, r.work, r.unit) for r in found}
+    assert seconds["step", NAME] == (2.0, 8, "pairs")
+    assert seconds["step, a", NAME] == (0.5, 8, "pairs")
+    assert seconds["step, a", "peer"] == (0.25, 8, "pairs")
+    assert seconds["step, b", NAME] == (1.5, 16, "tokens")
+    assert len(seconds) == 6  # three wholes, and no part of which nothing is known
+
+
+def test_parts_are_of_the_rounds_that_were_kept():
+    answers = [{"parts": {"a": float(i)}, "steps": 2} for i in range(3)]
+    assert contest._part("a", answers) == (0.0, 0.5, 1.0)
+    assert contest._part("b", answers) is None
+    assert contest._part("a", [*answers, {"parts": {}, "steps": 1}]) is None
+
+
+def test_memory_may_be_what_is_held(fake):
+    held = fake(NAME, [0.7], OURS, parts={}, held=5.0)
+    found = run(held, fake("peer", [0.7]), held=True)
+    assert found[NAME].peak_bytes == 5.0 and found["peer"].peak_bytes is None
+
+
+def test_a_judge_needs_no_reference(fake):
+    def judge(folder, found):
+        assert (folder / "job.json").exists()
+        return [0.0 if value == 0.7 else 2.0 for value in found]
+
+    party = fake(NAME, [0.7], OURS), fake("wrong", [0.6]), fake("peer", [0.7])
+    found = run(*party, judge=judge, reference="")
+    assert found[NAME].rounds and found["peer"].rounds
+    assert found["wrong"].note.startswith("WRONG, not timed: 2 of 2 results are off, by up to 2")
+
+
+def test_what_limits_the_work_is_beside_ours(fake):
+    class Half:
+        def seconds(self, options):
+            return 1.0
+
+        def words(self, options):
+            return "a second"
+
+    ours, peer = fake(NAME, [0.7], OURS, parts={}), fake("peer", [0.7], parts={})
+    found = run(ours, peer, limits={"": Half()})
+    assert found[NAME].roofline == found["peer"].roofline == 0.5
+    assert (found[NAME].note, found["peer"].note) == ("a second", "")
+
+
+def test_who_needs_a_package_that_is_not_there(fake, monkeypatch):
+    monkeypatch.setattr(environment, "versions", lambda python: {"torch": "1"})
+    needy = dataclasses.replace(fake("needy", [0.7]), package="llama-cpp-python")
+    found = run(fake(NAME, [0.7], OURS), fake("peer", [0.7]), needy)
+    assert found[NAME].rounds and found["peer"].rounds
+    assert found["needy"].note == (
+        "llama-cpp-python is not installed: python -m bench.peers --llama-cpp builds it"
+    )
+
+
+def test_a_case_may_be_asked_for_by_another_dtype(fake):
+    party = fake(NAME, [0.7], OURS), fake("peer", [0.7])
+    options = Options(dtypes=("float32",))
+    assert run(*party, options=options, dtype="int8") == {}
+    assert run(*party, options=options, dtype="int8", asked_as="float32")[NAME].rounds
 
 
 def test_only_the_cpu(fake):

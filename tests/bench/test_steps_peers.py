@@ -48,6 +48,15 @@ def test_what_is_there_stays(installed, tmp_path):
     assert installed[1] == [["trl", "torch==2.13.0"]]
 
 
+def test_llama_cpp_is_built_on_request(installed, tmp_path):
+    place = folder(tmp_path)
+    environment.set_up(place)
+    installed[1].clear()
+    environment.set_up(place, llama=True)
+    environment.set_up(place, llama=True)
+    assert installed[1] == [list(environment.EXTRAS)]
+
+
 def test_an_incomplete_environment_is_none(installed, tmp_path):
     assert environment.python(tmp_path) is None
     place = folder(tmp_path)

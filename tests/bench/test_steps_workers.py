@@ -114,16 +114,6 @@ def test_scores_of_a_batch(tmp_path):
         assert ours.score(job)(2) == expected.tolist()
 
 
-def test_generation_is_alike(tmp_path):
-    generation = pytest.importorskip("bench.peers.generation", reason="needs transformers")
-    model = material.language_model(tmp_path, SIZES, Tokenizer.bytes(), 32)
-    records = [{"ids": ids} for ids in material.sequences(2, 8)]
-    job = Job(kind="generate", model=model, records=records, new_tokens=10, settings=FP32)
-    found = ours.generate(job)(1)
-    assert len(found) == 2 * 8
-    assert generation.generate(job)(1) == found
-
-
 def test_completions_of_a_policy_without_eos_are_full(tmp_path):
     model = material.language_model(tmp_path, SIZES, Tokenizer.bytes(), 32, eos_token_id=None)
     job = Job(

@@ -38,6 +38,7 @@ class Child(Parent):
     """Which 100% kind."""
     weights: list[float] | None = None
     name: str = "x"
+    more: dict[str, Any] | None = None
 
 
 OPTIONS = options_of(Child, "all")
@@ -73,6 +74,7 @@ def test_attribute_docstrings_are_inherited() -> None:
         (["--weights", "1,0.5"], {"weights": [1.0, 0.5]}),
         (["--weights", "null"], {"weights": None}),
         (["--name", "none"], {"name": "none"}),
+        (["--more", '{"a": [1, "b"]}'], {"more": {"a": [1, "b"]}}),
         ([], {}),
     ],
 )
@@ -92,6 +94,8 @@ def test_values_take_the_type_of_their_field(argv: list[str], expected: dict[str
         (["--fast", "perhaps"], "--fast: expected true or false, found 'perhaps'"),
         (["--kind", "c"], "--kind: expected one of a, b, found 'c'"),
         (["--weights", "1,x"], "--weights: expected a list, each a number, found ['1,x']"),
+        (["--more", "a: 1"], "--more: expected an object (JSON), found 'a: 1'"),
+        (["--more", "[1]"], "--more: expected an object (JSON), found '[1]'"),
         (["--step", "5"], "unknown option --step; did you mean --steps?"),
         (["--wieghts=1"], "unknown option --wieghts; did you mean --weights?"),
         (["--zzz"], "unknown option --zzz"),
@@ -115,7 +119,7 @@ def test_every_option_of_every_command_has_a_type() -> None:
     for command in COMMANDS.values():
         for option in command.options():
             with pytest.raises(UsageError, match="expected"):
-                convert({"a": "mapping"}, option.hint, option.name)
+                convert([{"a": "mapping"}], option.hint, option.name)
 
 
 @pytest.mark.parametrize("name", ["sft", "rm"])
@@ -148,13 +152,15 @@ def config_file(folder: Path, text: str) -> Path:
 
 
 def test_yaml_values_take_the_type_of_their_field(tmp_path: Path) -> None:
-    path = config_file(tmp_path, "rate: 1e-5\nsteps: 4\nfast: no\nweights: [1, 0.5]\nkind: b\n")
+    text = "rate: 1e-5\nsteps: 4\nfast: no\nweights: [1, 0.5]\nkind: b\nmore:\n  a: 2\n"
+    path = config_file(tmp_path, text)
     assert read_config(path, OPTIONS) == {
         "rate": 1e-5,  # which YAML 1.1 takes for a string
         "steps": 4,
         "fast": False,
         "weights": [1.0, 0.5],
         "kind": "b",
+        "more": {"a": 2},
     }
 
 

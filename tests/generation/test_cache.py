@@ -1,49 +1,118 @@
-"""The KV cache: what it stores, what it frees, and that decoding over it is exact."""
+"""The cache of blocks: whose they are, what is in them, and that decoding over it is exact."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from fastllm.generation.cache import DecodeAttend, KVCache, PrefillAttend
-from fastllm.layout import PackedLayout
+from fastllm.generation.batch import RunningBatch
+from fastllm.generation.cache import BLOCK, BlockCache, blocks_of
+from fastllm.generation.requests import Request
+from fastllm.generation.sampling import SamplingParams
+from fastllm.generation.scheduler import Scheduler
+from fastllm.generation.token_step import DecodeAttend, StepRows
+from fastllm.generation.transcript import Transcript
 
 
-def _cache_with(lengths, rows=4, max_tail=1000):
-    cache = KVCache(rows, max_tail)
-    total = sum(lengths)
-    numbers = torch.arange(total, dtype=torch.float32).view(total, 1, 1).expand(total, 2, 4)
-    layers = [(numbers.clone(), -numbers.clone()) for _ in range(3)]
-    cache.append(layers, PackedLayout(lengths).starts)
+def _cache(blocks, **options):
+    cache = BlockCache(3, 2, 4, torch.float32, **options)
+    cache.grow(blocks)
     return cache
 
 
+def test_bytes_of_a_block():
+    cache = _cache(5)
+    assert cache.block_bytes == 3 * 2 * 2 * 4 * BLOCK * 4
+    assert sum(t.nbytes for t in (*cache.keys, *cache.values)) == 5 * cache.block_bytes
+    assert BlockCache(3, 2, 4, torch.bfloat16).block_bytes == cache.block_bytes // 2
+    assert [blocks_of(n) for n in (0, 1, 64, 65)] == [0, 1, 1, 2]
+
+
+def test_a_block_has_one_owner():
+    cache = _cache(10)
+    first, second = cache.take(3), cache.take(4)
+    assert first.tolist() == [0, 1, 2] and second.tolist() == [3, 4, 5, 6]
+    assert (cache.used_blocks, cache.free_blocks) == (7, 3)
+    cache.give_back(first)
+    cache.give_back(second[2:])
+    assert cache.free_blocks == 8
+    again = cache.take(8)
+    assert sorted([*again, *second[:2]]) == list(range(10))
+    assert cache.most_used == 10 and cache.free_blocks == 0
+
+
+def test_blocks_that_were_used_come_before_fresh_ones():
+    cache = _cache(100)
+    for _ in range(20):
+        taken = [cache.take(n) for n in (3, 1, 2)]
+        for blocks in taken[::-1]:
+            cache.give_back(blocks)
+    assert max(cache.take(6)) == 5
+
+
+def test_growing_keeps_what_is_stored_and_the_budget():
+    cache = BlockCache(3, 2, 4, torch.float32, most_bytes=9 * 3 * 2 * 2 * 4 * BLOCK * 4 + 1)
+    assert cache.most_blocks == 9 and cache.capacity == 0
+    cache.grow(4)
+    taken = cache.take(3)
+    cache.give_back(taken[1:2])
+    for layer, (k, v) in enumerate(zip(cache.keys, cache.values, strict=True)):
+        k[:3], v[:3] = layer, -layer
+    version = cache.version
+    cache.grow(3)
+    assert cache.capacity == 4 and cache.version == version
+    cache.grow(100)
+    assert cache.capacity == 9 and cache.version > version
+    for layer, (k, v) in enumerate(zip(cache.keys, cache.values, strict=True)):
+        assert (k[:3] == layer).all() and (v[:3] == -layer).all()
+    assert sorted([*cache.take(7), 0, 2]) == list(range(9))
+
+
+def test_packed_rows_fill_blocks():
+    cache = _cache(4)
+    k = torch.arange(100.0)[:, None, None] + torch.arange(8.0).view(2, 4) / 10
+    rows = torch.arange(100).clamp(max=99)
+    rows = torch.cat((rows, torch.full((28,), 99))).view(2, BLOCK)
+    cache.write_rows(1, k, -k, torch.tensor([3, 1]), rows)
+    found_k = cache.keys[1][[3, 1]].permute(0, 3, 1, 2).flatten(0, 1)
+    found_v = cache.values[1][[3, 1]].permute(0, 2, 1, 3).flatten(0, 1)
+    assert torch.equal(found_k[:100], k) and torch.equal(found_v[:100], -k)
+    cache.write_tokens(1, k[:2], k[2:4], torch.tensor([3, 0]), torch.tensor([5, 63]))
+    assert torch.equal(cache.keys[1][3, :, :, 5], k[0])
+    assert torch.equal(cache.keys[1][0, :, :, 63], k[1])
+    assert torch.equal(cache.values[1][3, :, 5], k[2])
+    assert torch.equal(cache.values[1][0, :, 63], k[3])
+
+
 @torch.no_grad()
-def test_decoding_equals_the_forward_pass_without_a_cache(
-    build, family, prompts, backend, device, monkeypatch
-):
-    monkeypatch.setattr("fastllm.generation.cache._FIRST_TAIL", 3)  # so that the tails grow
-    model = build(family).to(device)
-    copies, steps = 2, 11
-    continuations = torch.randint(0, 61, (len(prompts) * copies, steps), device=device)
+def test_decoding_equals_the_forward_pass_without_a_cache(build, family, backend, device):
+    """Prompts and tails that end within a block, at its end, and beyond it."""
+    model = build(family, max_position_embeddings=300).to(device)
+    prompts = [torch.randint(0, 61, (n,)).tolist() for n in (64, 9, 130)]
+    copies, steps = 2, 70
+    continuations = torch.randint(0, 61, (len(prompts) * copies, steps))
 
-    layout = PackedLayout([len(p) for p in prompts], device=device)
-    last = layout.starts[1:].long() - 1
-    attend = PrefillAttend(layout, last)
-    packed = torch.tensor([t for p in prompts for t in p], device=device)
-    hidden = model.model(packed, attend, last)
+    config = model.config
+    sizes = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
+    cache, batch = BlockCache(*sizes, torch.float32, device), RunningBatch(61, rows=2)
+    scheduler = Scheduler(batch, cache, Transcript(), 100, 8192)
+    params = SamplingParams(max_new_tokens=steps + 1, num_return_sequences=copies)
+    for number, prompt in enumerate(prompts):
+        request = Request(number, np.array(prompt), params, ())
+        scheduler.add(request, list(range(copies)))
+    prefill, joined = scheduler.join()
+    assert joined and len(prefill.prompts) == len(prompts) and batch.size == 6
+    hidden = prefill.run(model, cache)
     found = [model.lm_head(hidden).repeat_interleave(copies, 0)]
-
-    cache = KVCache(len(continuations), steps)
-    cache.append(attend.computed, layout.starts)
-    group = torch.arange(len(prompts), device=device).repeat_interleave(copies).int()
-    start = layout.starts.diff()[group.long()]
-    rows = cache.take_rows(len(continuations))
+    batch.position[:6] += 1
     for step in range(steps):
-        rows = cache.reserve(step + 1, rows, waiting=0)
-        count = torch.full_like(rows, step + 1)
-        attend = DecodeAttend(cache, group, rows, count, start + step, int(start.max()) + step + 1)
-        found.append(model.lm_head(model.model(continuations[:, step], attend)))
+        scheduler.reserve(1)
+        batch.token[:6] = continuations[:, step]
+        rows = StepRows.next_of(batch).on(device)
+        attend = DecodeAttend(cache, rows, int(batch.position[:6].max()) + 1)
+        found.append(model.lm_head(model.model(rows.token, attend)))
+        batch.position[:6] += 1
     found = torch.stack(found, dim=1)
 
     for sequence, continuation in enumerate(continuations.tolist()):
@@ -54,69 +123,14 @@ def test_decoding_equals_the_forward_pass_without_a_cache(
         assert error < 1e-5, f"sequence {sequence}"
 
 
-def test_prompts_are_stored_once_however_many_sequences_continue_them():
-    cache = _cache_with([3, 5])
-    assert cache.num_prompts == 2
-    assert cache.prefix[0][0].shape == (8, 2, 4)
-    assert cache.num_bytes == 3 * 2 * 8 * 2 * 4 * 4
-
-
-def test_a_second_prefill_continues_the_row():
-    cache = _cache_with([3, 5])
-    more = [(torch.full((2, 2, 4), 7.0), torch.full((2, 2, 4), 8.0)) for _ in range(3)]
-    cache.append(more, PackedLayout([1, 1]).starts)
-    assert cache.prefix_starts.tolist() == [0, 3, 8, 9, 10]
-    assert cache.prefix_starts.dtype == torch.int32
-    assert cache.prefix[2][0][:, 0, 0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 7, 7]
-
-
-def test_prompts_that_nobody_continues_leave_the_cache():
-    cache = _cache_with([3, 2, 4, 1])
-    groups = cache.keep_prompts(torch.tensor([3, 1, 1], dtype=torch.int32))
-    assert groups.tolist() == [1, 0, 0]
-    assert cache.prefix_starts.tolist() == [0, 2, 3]
-    assert cache.prefix[1][0][:, 0, 0].tolist() == [3, 4, 9]
-    assert cache.prefix[1][1][:, 1, 3].tolist() == [-3, -4, -9]
-    cache.keep_prompts(torch.tensor([], dtype=torch.int32))
-    assert cache.num_prompts == 0 and cache.num_bytes == 0
-
-
-def test_rows_are_used_again_and_survivors_do_not_move():
-    cache = _cache_with([2])
-    rows = cache.reserve(1, cache.take_rows(4), waiting=3)
-    assert cache.free_rows == 0
-    before = cache.tails[0][0]
-    cache.give_back(rows[torch.tensor([1, 2])])
-    assert cache.free_rows == 2
-    assert cache.take_rows(1).tolist() == [1]
-    assert cache.tails[0][0] is before
-
-
-def test_tails_grow_with_the_longest_sequence_and_keep_only_the_living(monkeypatch):
-    monkeypatch.setattr("fastllm.generation.cache._FIRST_TAIL", 4)
-    cache = _cache_with([2], rows=4, max_tail=11)
-    rows = cache.reserve(1, cache.take_rows(4), waiting=0)
-    assert cache.tail_capacity == 4
-    for layer, (k, v) in enumerate(cache.tails):
-        k.copy_(torch.arange(4.0)[:, None, None, None] + 10 * layer)
-        v.copy_(k + 100)
-    cache.give_back(rows[:2])
-    rows = cache.reserve(5, rows[2:], waiting=0)
-    assert cache.tail_capacity == 8
-    assert cache.tails[0][0].shape[0] == 2, "rows that nobody can need are not allocated again"
-    assert rows.tolist() == [0, 1]
-    for layer, (k, v) in enumerate(cache.tails):
-        assert k[:, :4, 0, 0].tolist() == [[2 + 10 * layer] * 4, [3 + 10 * layer] * 4]
-        assert v[:, :4, 1, 1].tolist() == [[102 + 10 * layer] * 4, [103 + 10 * layer] * 4]
-        assert not k[:, 4:].any() and not v[:, 4:].any()
-    assert cache.reserve(9, rows, waiting=1).tolist() == [0, 1]
-    assert cache.tail_capacity == 11, "never longer than a sequence can become"
-    assert cache.take_rows(1).tolist() == [2]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_tails_have_the_dtype_of_the_keys(dtype):
-    cache = KVCache(2, 10)
-    cache.append([(torch.zeros(3, 1, 4, dtype=dtype),) * 2], PackedLayout([3]).starts)
-    cache.reserve(1, cache.take_rows(2), waiting=0)
-    assert cache.tails[0][0].dtype == dtype
+def test_the_cache_has_the_dtype_of_the_keys(dtype):
+    cache = BlockCache(1, 1, 4, dtype)
+    cache.grow(1)
+    assert cache.keys[0].dtype == cache.values[0].dtype == dtype
+
+
+def test_without_a_budget_half_of_the_free_memory_is_the_limit(monkeypatch):
+    monkeypatch.setattr("fastllm.generation.cache._free_memory", lambda device: 1 << 30)
+    cache = BlockCache(3, 2, 4, torch.float32)
+    assert cache.most_blocks == (1 << 29) // cache.block_bytes

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 import torch
 
-from fastllm.generation import generate
+from fastllm.generation import Engine, SamplingParams, generate
 from fastllm.layout import PackedLayout
 from fastllm.ops import linear_logprob
 
@@ -69,6 +70,34 @@ def test_greedy_equals_transformers_alone_and_together(
     assert alone == expected
     assert _tokens(together) == expected
     assert _tokens(shared) == [tokens for tokens in expected for _ in range(3)]
+
+
+@pytest.mark.parametrize("step", ["auto", "ops"])
+def test_greedy_equals_transformers_in_any_mixture(build, family, to_transformers, step):
+    """Prompts and completions of all lengths, that come and go, in little room."""
+    model = build(family, max_position_embeddings=256)
+    theirs = to_transformers(model)
+    rng = random.Random(7)
+    sizes = [(63, 66), (64, 3), (65, 130), (1, 70), (130, 64), (5, 1), (128, 65), (20, 20)]
+    prompts = [[rng.randrange(61) for _ in range(length)] for length, _ in sizes]
+    expected = {
+        number: _greedy_of_transformers(theirs, prompt, new_tokens)
+        for number, (prompt, (_, new_tokens)) in enumerate(zip(prompts, sizes, strict=True))
+    }
+    one = Engine(model)
+    blocks = one._cache.block_bytes
+    engine = Engine(model, step=step, max_batch_size=4, cache_bytes=9 * blocks, prefill_tokens=130)
+    said: dict[int, list[int]] = {number: [] for number in expected}
+    arrivals = list(expected)
+    while arrivals or engine.has_unfinished_requests():
+        if arrivals and rng.random() < 0.2:
+            number = arrivals.pop(0)
+            params = SamplingParams(max_new_tokens=sizes[number][1], temperature=0)
+            engine.add_request(prompts[number], params, request_id=number)
+        for output in engine.step():
+            said[output.request_id] += output.token_ids
+    assert said == expected
+    assert engine.stats.peak_cache_bytes <= 9 * blocks
 
 
 def test_greedy_with_stops_and_a_penalty_equals_transformers(build, to_transformers, prompts):
@@ -183,12 +212,11 @@ def test_without_a_seed_the_default_generator_decides(build, prompts):
 
 @pytest.mark.parametrize("limits", [(1, 8192), (3, 8192), (7, 1), (7, 20), (None, 1)], ids=str)
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
-def test_limits_change_nothing_but_the_schedule(build, prompts, limits, penalty, monkeypatch):
+def test_limits_change_nothing_but_the_schedule(build, prompts, limits, penalty):
     model = build("mistral")
     options = {"num_return_sequences": 3, "seed": 4, "stop_token_ids": [5, 11, 40]}
     options["repetition_penalty"] = penalty
     expected = generate(model, prompts * 3, 30, **options)
-    monkeypatch.setattr("fastllm.generation.cache._FIRST_TAIL", 2)
     batch, prefill = limits
     found = generate(
         model, prompts * 3, 30, max_batch_size=batch, prefill_tokens=prefill, **options
@@ -213,7 +241,8 @@ def test_finished_sequences_cost_nothing(build, prompts, monkeypatch):
     monkeypatch.setattr(ops, "decode_attention", counted_decode)
     monkeypatch.setattr(ops, "attention", counted_prefill)
     model = build()
-    found = generate(model, prompts, 40, num_return_sequences=4, seed=3, stop_token_ids=[5, 11, 23])
+    options = {"num_return_sequences": 4, "stop_token_ids": [5, 11, 23], "step": "ops"}
+    found = generate(model, prompts, 40, seed=3, **options)
     lengths = [len(tokens) for tokens in _tokens(found)]
     assert len(set(lengths)) > 3
     # The first token comes from the prompt, each further one from one decoded token per layer.

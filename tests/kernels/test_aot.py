@@ -154,11 +154,12 @@ def launch_attention_of_few(dtype: torch.dtype, head_dim: int) -> None:
 def launch_decode_attention(dtype: torch.dtype, head_dim: int) -> None:
     decode_attention.forward(
         meta(32, 28, head_dim, dtype=dtype),
-        *[meta(2000, 4, head_dim, dtype=dtype)] * 2,
-        indices(5),
+        meta(700, 4, head_dim, 64, dtype=dtype),
+        meta(700, 4, 64, head_dim, dtype=dtype),
+        indices(4, 17),
+        indices(4),
         indices(32),
-        *[meta(40, 1024, 4, head_dim, dtype=dtype)] * 2,
-        indices(32),
+        indices(32, 16),
         indices(32),
         0.1,
         0,

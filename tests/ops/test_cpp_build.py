@@ -27,8 +27,8 @@ CHECK_ONE_LEVEL = """
 import torch
 from fastllm.layout import PackedLayout
 from fastllm.ops import (attention, linear, linear_logprob, rms_norm, swiglu, use_backend,
-                         attention_reference, linear_logprob_reference, rms_norm_reference,
-                         swiglu_reference)
+                         attention_reference, decode_attention_reference, linear_logprob_reference,
+                         rms_norm_reference, swiglu_reference)
 from fastllm.ops import cpp
 
 torch.manual_seed(0)
@@ -70,6 +70,45 @@ for head_size in (2, 20, 64):
             lambda q, k, v: attention_reference(q, k, v, layout, window=50),
             torch.randn(164, 6, head_size), torch.randn(164, 2, head_size),
             torch.randn(164, 2, head_size))
+from fastllm.generation.sampling import SamplingRows, sample_reference
+
+def column(values, dtype=torch.int32):
+    return torch.tensor(values, dtype=dtype).repeat(10)
+
+rows = SamplingRows(
+    temperature=column([0, 0.7, 1, 1, 2, 1], torch.float32),
+    top_p=column([1, 0.8, 1, 0.5, 0.99, 1], torch.float32),
+    min_p=column([0, 0, 0.05, 0, 0.01, 0], torch.float32),
+    repetition_penalty=column([1, 1.2, 1, 1, 0.8, 1], torch.float32),
+    top_k=column([0, 50, 0, 0, 700, 0]), key=torch.arange(60) << 40, count=column([3] * 6),
+    min_count=column([4, 0] * 3), stop_tokens=torch.arange(3, dtype=torch.int32).repeat(60, 1),
+    seen=(torch.rand(60, 2077) < 0.1).to(torch.uint8),
+)
+logits = 2 * torch.randn(60, 2077)
+token, logp, sampling_logp = cpp.sampling.draw(logits, rows)
+expected = sample_reference(logits.double(), rows)
+same = token == expected.token_ids
+assert same.sum() >= 59, same
+for a, b in ((logp, expected.logprobs), (sampling_logp, expected.sampling_logprobs)):
+    torch.testing.assert_close(a.double()[same], b[same], atol=1e-5, rtol=1e-5)
+for row, temperature in ((0, 1.0), (1, rows.temperature[1].item()), (4, 2.0)):
+    again = cpp.linear_logprob.forward(logits[row][None], token[row][None], temperature, 0.0)[0]
+    assert torch.equal(again, logp[row][None])
+
+# A prompt of 70 tokens in two blocks; a block for each of two tails.
+keys, values = torch.randn(4, 2, 20, 64), torch.randn(4, 2, 64, 20)
+def row(*numbers): return torch.tensor(numbers, dtype=torch.int32)
+cache = keys, values, row(2, 1)[None], row(70), row(0, 0), row(3, 0)[:, None], row(3, 40)
+q, rows = torch.randn(2, 6, 20), torch.tensor([72, 112])
+found = cpp.decode_attention.forward(q, *cache, 0.3, 0)
+wide = [t.double() if t.is_floating_point() else t for t in (q, *cache)]
+torch.testing.assert_close(found.double(), decode_attention_reference(*wide, scale=0.3),
+                           atol=2e-5, rtol=2e-5)
+token = [torch.arange(64) + 128, torch.arange(6) + 64, torch.arange(3) + 192, torch.arange(40)]
+k, v = (t.flatten(0, 1)[torch.cat(token)].contiguous()
+        for t in (keys.permute(0, 3, 1, 2), values.transpose(1, 2)))
+layout = PackedLayout([70, 3, 40], [-1, 0, 0]).select(rows.tolist())
+assert torch.equal(found, cpp.attention.forward(q, k, v, layout, 0.3, 0)[0])
 print(cpp.isa())
 """
 
@@ -158,7 +197,7 @@ def operators() -> list[tuple[str, tuple[object, ...]]]:
     )
     lse, table = torch.randn(6, 4), torch.randn(6, 4)
     index = torch.tensor([0, 1], dtype=torch.int32)
-    tail, prompts = torch.randn(2, 5, 2, 8), torch.tensor([0, 2, 6], dtype=torch.int32)
+    cache, blocks = torch.randn(4, 2, 8, 64), torch.tensor([[2], [0]], dtype=torch.int32)
     children = (layout.children_starts, layout.children)
     return [
         ("rms_norm_forward", (x, weight, 1e-6, None)),
@@ -183,12 +222,26 @@ def operators() -> list[tuple[str, tuple[object, ...]]]:
         ),
         (
             "decode_attention_forward",
-            (q[:2], k, k.clone(), prompts, index, tail, tail.clone(), index, index + 1, 0.3, 0),
+            (
+                *(q[:2], cache, cache.clone().view(4, 2, 64, 8)),
+                *(blocks, index + 3, index, blocks + 1, index + 1, 0.3, 0),
+            ),
         ),
         ("linear_logprob_forward", (logits, targets, 1.0, 0.0)),
         (
             "linear_logprob_backward_",
             (logits, targets, rstd, per_row, per_row.clone(), per_row.clone(), 1.0, 0.0),
+        ),
+        (
+            "sample",
+            (
+                logits,
+                *(torch.rand(6) + 0.1 for _ in range(4)),
+                *(torch.ones(6, dtype=dtype) for dtype in (torch.int32, torch.int64)),
+                *(torch.ones(6, dtype=torch.int32) for _ in range(2)),
+                torch.ones(6, 2, dtype=torch.int32),
+                torch.ones(6, 20, dtype=torch.uint8),
+            ),
         ),
         ("pairwise_loss_forward", (per_row, per_row.clone(), None, 0.1)),
         ("gradient_norm", ([x, weight],)),
@@ -203,7 +256,7 @@ def operators() -> list[tuple[str, tuple[object, ...]]]:
     ]
 
 
-@pytest.mark.parametrize("case", range(17))
+@pytest.mark.parametrize("case", range(len(operators())))
 def test_operators_are_registered_right(case):
     name, arguments = operators()[case]
     operator = getattr(torch.ops.fastllm, name).default

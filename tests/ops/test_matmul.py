@@ -154,13 +154,13 @@ def test_wrong_arguments_are_named():
 def test_wrong_arguments_of_the_raw_product():
     a, b = torch.ones(2, 3), torch.ones(3, 4)
     with pytest.raises(RuntimeError, match=r"matmul_: out must be \[2, 4\], found \[2, 5\]"):
-        cpp.matmul.product_(a, b, torch.ones(2, 5), False)
+        cpp.matmul.product_(a, b, torch.ones(2, 5), False, in_order=False)
     with pytest.raises(RuntimeError, match="matmul_: b must have 3 rows"):
-        cpp.matmul.product_(a, torch.ones(4, 4), torch.ones(2, 4), False)
+        cpp.matmul.product_(a, torch.ones(4, 4), torch.ones(2, 4), False, in_order=False)
     with pytest.raises(RuntimeError, match="the rows of out must be contiguous"):
-        cpp.matmul.product_(a, b, torch.ones(4, 2).t(), False)
+        cpp.matmul.product_(a, b, torch.ones(4, 2).t(), False, in_order=False)
     with pytest.raises(RuntimeError, match="a must be float32, bfloat16 or float16, found"):
-        cpp.matmul.product_(a.double(), b, torch.ones(2, 4), False)
+        cpp.matmul.product_(a.double(), b, torch.ones(2, 4), False, in_order=False)
 
 
 @needs_cpp

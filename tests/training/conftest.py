@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -164,6 +166,52 @@ def metrics() -> Callable[[str | Path], list[dict[str, Any]]]:
     def read(run: str | Path) -> list[dict[str, Any]]:
         lines = (Path(run) / "metrics.jsonl").read_text().splitlines()
         records = [json.loads(line) for line in lines]
-        return [{k: v for k, v in r.items() if k not in TIMINGS} for r in records]
+        return [
+            {k: v for k, v in r.items() if k not in TIMINGS and not k.startswith("time/")}
+            for r in records
+        ]
 
     return read
+
+
+@pytest.fixture
+def trl_trainer() -> Callable[..., Any]:
+    """`trl_trainer(config, logps)`: TRL's GRPOTrainer with nothing but what its loss reads.
+
+    `logps(model, input_ids, attention_mask, logits_to_keep, ...)` takes the place of its forward
+    pass: log-probabilities, entropies and no auxiliary loss.
+    """
+    trl = pytest.importorskip("trl")
+
+    def build(config: GRPOConfig, logps: Callable[..., Any]) -> Any:
+        trainer = object.__new__(trl.GRPOTrainer)
+        settings = {
+            "beta": config.beta,
+            "loss_type": config.loss_type,
+            "importance_sampling_level": config.importance_sampling_level,
+            "epsilon_low": config.epsilon,
+            "epsilon_high": config.epsilon if config.epsilon_high is None else config.epsilon_high,
+            "max_completion_length": config.max_completion_length,
+            "top_entropy_quantile": 1.0,
+            "off_policy_mask_threshold": None,
+            "aux_loss_enabled": False,
+            "use_vllm": False,
+            "_entropy_bonus_enabled": False,
+            "current_gradient_accumulation_steps": config.gradient_accumulation_steps,
+            "model": SimpleNamespace(training=True),
+            "args": SimpleNamespace(
+                delta=config.delta,
+                use_bias_correction_kl=True,
+                steps_per_generation=config.passes_per_rollout,
+            ),
+            "accelerator": SimpleNamespace(
+                num_processes=1, gather=lambda t: t, reduce=lambda t, reduction: t
+            ),
+            "_metrics": {"train": defaultdict(list), "eval": defaultdict(list)},
+            "_get_per_token_logps_and_entropies": logps,
+        }
+        for name, value in settings.items():
+            setattr(trainer, name, value)
+        return trainer
+
+    return build

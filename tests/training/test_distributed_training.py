@@ -59,6 +59,19 @@ for kind in ("sft", "rm", "grpo"):
     build(kind, kind).train()
 build("grpo", "masked", mask_truncated_completions=True, max_steps=2).train()
 build("grpo", "grpo-buffer", scale_rewards="batch", num_iterations=2).train()
+build("grpo", "grpo-tokens", max_tokens_per_pass=14, num_iterations=2, loss_type="bnpo").train()
+
+def right_on_one_rank(completions, **_):  # the other has nothing to compute
+    return [float(distributed.rank() == 0 and i % 2) for i in range(len(completions))]
+
+some = build("grpo", "some", max_steps=3, per_device_train_batch_size=4, reward_batch_size=2)
+some.rewards = type(some.rewards)([right_on_one_rank], None, tokenizer, some.device, some.dtype)
+some.train()
+
+replaced = build("grpo", "replaced", max_steps=2, dynamic_sampling_rounds=2)
+replaced.rewards = type(some.rewards)([lambda completions, **_: [1.0] * len(completions)], None,
+                                      tokenizer, some.device, some.dtype)
+replaced.train()
 
 class Kill:
     def on_step_begin(self, args, state, control, **_):
@@ -137,10 +150,10 @@ def lines(folder: Path) -> list[dict[str, float]]:
 
 
 # Averages of extremes depend on how a step is cut; a clock depends on everything.
-CUT = ("tokens_per_second", "min_", "max_", "/max", "/std", "reward_std", "entropy")
+CUT = ("tokens_per_second", "time/", "min_", "max_", "/max", "/std", "reward_std", "entropy")
 
 
-@pytest.mark.parametrize("run", ["sft", "rm", "grpo", "grpo-buffer"])
+@pytest.mark.parametrize("run", ["sft", "rm", "grpo", "grpo-buffer", "grpo-tokens"])
 def test_two_processes_are_one(runs, run):
     one, two = lines(runs[1] / run), lines(runs[2] / run)
     assert [line["step"] for line in one] == [line["step"] for line in two]
@@ -151,8 +164,8 @@ def test_two_processes_are_one(runs, run):
             if not any(part in name for part in CUT):
                 rel = 2e-6 if name in ("loss", "eval_loss") else 2e-5
                 assert found[name] == pytest.approx(expected[name], rel=rel, abs=2e-6), name
-    losses = [line["loss"] for line in one if "loss" in line]
-    assert len(set(losses)) == len(losses) == 6
+    norms = [line["grad_norm"] for line in one if "grad_norm" in line]
+    assert len(set(norms)) == len(norms) == 6
 
 
 def test_a_step_without_any_token_changes_nothing_and_stops_nothing(runs):
@@ -160,6 +173,23 @@ def test_a_step_without_any_token_changes_nothing_and_stops_nothing(runs):
     for world in (1, 2):
         found = lines(runs[world] / "masked")
         assert [line["loss"] for line in found if "loss" in line] == [0, 0]
+
+
+def test_a_rank_without_a_gradient_goes_along(runs):
+    """Half of its groups are skipped on one rank, all of them on the other."""
+    (line, *_), (other, *_) = lines(runs[1] / "some"), lines(runs[2] / "some")
+    assert line["frac_groups_skipped"] == 0 and other["frac_groups_skipped"] == 0.5
+    assert all(one["grad_norm"] > 0 for one in lines(runs[2] / "some") if "grad_norm" in one)
+
+
+def test_ranks_replace_their_own_groups(runs):
+    """Of five prompts four are in a rollout: the fifth is left, for one of the ranks."""
+    for world in (1, 2):
+        first, second, *_ = lines(runs[world] / "replaced")
+        for line in (first, second):
+            assert line["dynamic_sampling/rounds"] == 1 / world
+            assert line["dynamic_sampling/sampled_groups"] == 5 / world
+            assert line["frac_groups_skipped"] == 1 and line["grad_norm"] == 0
 
 
 def test_a_run_that_is_killed_and_resumed_is_the_run_that_was_not(runs):

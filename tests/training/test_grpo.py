@@ -10,7 +10,7 @@ import torch
 from fastllm import GRPOConfig, GRPOTrainer, Transformer, train_grpo, train_rm, train_sft
 from fastllm.data.errors import DataError
 from fastllm.model.lora import LoraConfig
-from fastllm.training.rollouts import Sample
+from fastllm.training.grpo_passes import Sample
 
 SCRATCH = {
     "n_layer": 2, "n_head": 2, "n_kv_head": 1, "n_embd": 16, "block_size": 48,
@@ -22,6 +22,11 @@ SMALL_PASSES = {"per_device_train_batch_size": 2, "gradient_accumulation_steps":
 def verifier(completions, wanted, **_):
     """The tiny task: say the letter that the prompt asks for."""
     return [float(c == w) for c, w in zip(completions, wanted, strict=True)]
+
+
+def varied(completion_ids, **_):
+    """Hardly two completions have the same: every one is trained on."""
+    return [float(sum((i + 3) * token for i, token in enumerate(ids))) for ids in completion_ids]
 
 
 PROMPTS = [{"prompt": f"{letter}>", "wanted": letter} for letter in "abcd"]
@@ -91,11 +96,14 @@ def test_metrics_have_trls_names(run, metrics, tmp_path):
         "completions/mean_length", "completions/min_length", "completions/max_length",
         "completions/clipped_ratio", "clip_ratio/low_mean", "clip_ratio/high_mean",
         "clip_ratio/region_mean", "sampling/sampling_logp_difference/mean",
-        "sampling/sampling_logp_difference/max",
+        "sampling/sampling_logp_difference/max", "sampling/importance_sampling_ratio/min",
+        "sampling/importance_sampling_ratio/mean", "sampling/importance_sampling_ratio/max",
+        "frac_groups_skipped",
     }  # fmt: skip
     for line in metrics(tmp_path / "run"):
         assert wanted <= line.keys()
         assert line["sampling/sampling_logp_difference/max"] < 1e-5
+        assert line["sampling/importance_sampling_ratio/max"] == pytest.approx(1, abs=1e-5)
         assert line["reward"] == line["rewards/verifier/mean"]
 
 
@@ -122,21 +130,22 @@ def first_ratios(trainer, monkeypatch, steps):
 def test_the_first_ratios_of_a_rollout_are_exactly_one(make, monkeypatch, dtype):
     """Remembered log-probabilities come from passes of the same shape as those of training."""
     options = SMALL_PASSES | {"num_iterations": 2, "steps_per_generation": 4, "dtype": dtype}
-    trainer = make("grpo", max_steps=4, learning_rate=0.05, **options)
+    trainer = make("grpo", reward_funcs=varied, max_steps=4, learning_rate=0.05, **options)
     first, every = first_ratios(trainer, monkeypatch, 1)
     assert all((ratio == 1).all() for ratio in first)
     assert not all((ratio == 1).all() for ratio in every), "the policy never moved"
 
 
 def test_on_policy_every_ratio_is_exactly_one(make, monkeypatch):
-    trainer = make("grpo", max_steps=3, learning_rate=0.05, **SMALL_PASSES)
+    trainer = make("grpo", reward_funcs=varied, max_steps=3, learning_rate=0.05, **SMALL_PASSES)
     _, every = first_ratios(trainer, monkeypatch, 3)
     assert len(every) == 6 and all((ratio == 1).all() for ratio in every)
 
 
 def test_what_is_remembered_knows_no_dropout(make, base, monkeypatch):
     peft_config = LoraConfig(r=2, lora_dropout=0.5)
-    trainer = make("grpo", base, peft_config=peft_config, num_iterations=2, **SMALL_PASSES)
+    options = SMALL_PASSES | {"num_iterations": 2, "peft_config": peft_config}
+    trainer = make("grpo", base, reward_funcs=varied, **options)
     with torch.no_grad():
         for name, parameter in trainer.model.named_parameters():
             if "lora_B" in name:
@@ -186,7 +195,8 @@ def test_without_kl_there_is_no_reference(make):
 
 def test_a_rollout_is_whole_though_prompts_run_out(make):
     """Five prompts, and two new ones in every rollout: no step is short, none is empty."""
-    trainer = make("grpo", num_iterations=2, steps_per_generation=2, max_steps=12)
+    options = {"num_iterations": 2, "steps_per_generation": 2, "max_steps": 12}
+    trainer = make("grpo", reward_funcs=varied, **options)
     source = trainer.source()
     assert source.period == 4 and source.steps_per_epoch == 8
     for step in range(12):
@@ -207,7 +217,7 @@ def test_truncated_completions_can_be_masked(make):
 def test_a_masked_completion_counts_as_a_completion(make):
     source = make("grpo", loss_type="grpo").source()
     samples = [Sample([5], [6, 7], [-1.0, -1.0], 1.0, masked=i < 3) for i in range(4)]
-    one = source._pass(samples)
+    (one,) = source._plan.step(samples, 2)
     assert one.weight == 4 and one.batch.lengths.tolist() == [2]
 
 
@@ -248,6 +258,30 @@ def test_function_and_class_are_one(run, policy, tmp_path, fingerprint):
     assert fingerprint(trainer.model) == fingerprint(run())
 
 
+def test_generation_kwargs_reach_the_sampler(make):
+    def drawn(**kwargs):
+        source = make("grpo", reward_funcs=varied, generation_kwargs=kwargs or None).source()
+        return [(s.prompt_ids, s.completion_ids) for s in source._roll_out(0)]
+
+    assert len({tuple(ids) for _, ids in drawn()}) == 4
+    assert len({tuple(ids) for _, ids in drawn(top_k=1)}) == 2  # one greedy answer to a prompt
+    letters = [chr(i) for i in range(32, 127)]
+    stopped = [ids for _, ids in drawn(stop_strings=letters)]
+    assert min(len(ids) for ids in stopped) < 5
+    stops = range(200)
+    assert min(len(ids) for _, ids in drawn(stop_token_ids=stops)) < 5
+    assert all(len(ids) == 5 for _, ids in drawn(stop_token_ids=stops, min_new_tokens=5))
+
+
+def test_where_the_seconds_went(make, tmp_path):
+    make("grpo", num_iterations=2).train()
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    parts = [f"time/{part}" for part in ("prefill", "decode", "reward", "train")]
+    for step, line in enumerate(map(json.loads, lines)):
+        sampled = step % 2 == 0
+        assert [line[part] > 0 for part in parts] == [sampled, sampled, sampled, True]
+
+
 def test_settings_that_do_not_fit_are_refused(run, policy, tmp_path):
     for options, message in (
         ({"num_generations": 1}, "at least 2 to compare"),
@@ -256,6 +290,18 @@ def test_settings_that_do_not_fit_are_refused(run, policy, tmp_path):
         ({"max_completion_length": 90}, "48 positions: too few"),
         ({"reward_weights": [1.0, 2.0]}, "expected 1 values"),
         ({"steps_per_generation": 3, "gradient_accumulation_steps": 2}, "multiple"),
+        ({"num_iterations": 0}, "num_iterations: expected at least 1, found 0"),
+        ({"max_tokens_per_pass": 5}, r"at least 6, the longest prompt \(2\).*found 5"),
+        ({"max_tokens_per_pass": 0}, "max_tokens_per_pass: expected at least 1 or None, found 0"),
+        ({"reward_batch_size": 0}, "reward_batch_size: expected at least 1 or None, found 0"),
+        ({"dynamic_sampling_rounds": -1}, "dynamic_sampling_rounds: expected 0.*found -1"),
+        ({"generation_kwargs": {"num_beams": 2}}, "keys among top_k.*found 'num_beams'"),
+        ({"generation_kwargs": {"min_new_tokens": 9}}, r"min_new_tokens: expected 0..4.*found 9"),
+        ({"generation_kwargs": ["top_k"]}, r"expected a dict or None, found \['top_k'\]"),
+        ({"top_p": 0}, r"top_p: expected a number in \(0, 1\], found 0"),
+        ({"generation_kwargs": {"temperature": 2}}, "concerns the loss too: set temperature"),
+        ({"deterministic": True, "packing": False}, "deterministic: expected packing True"),
+        ({"deterministic": True, "dtype": "bf16"}, "expected dtype fp32, found bf16"),
     ):
         with pytest.raises(ValueError, match=message):
             run(**options)

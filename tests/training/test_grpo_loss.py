@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from fastllm import GRPOConfig
-from fastllm.training.grpo_loss import Tokens, group_advantages, grpo_loss, normaliser
+from fastllm.training.grpo_loss import (
+    Tokens,
+    group_advantages,
+    grpo_loss,
+    normaliser,
+    token_weights,
+)
 
 LENGTHS = [4, 1, 6, 3]
 ADVANTAGES = [1.3, -0.7, 0.4, -1.1]
 LONGEST, LIMIT = max(LENGTHS), 8
-
-
-@pytest.fixture(scope="session")
-def trl_trainer():
-    return pytest.importorskip("trl").GRPOTrainer
 
 
 @pytest.fixture
@@ -42,6 +40,7 @@ def real(masked=()):
 def ours(config, logps, masked=(), on_policy=False):
     mask, kept = real(masked), [i for i in range(len(LENGTHS)) if i not in masked]
     logp = logps["logp"].clone().requires_grad_()
+    weights = token_weights(config, [0 if i in masked else n for i, n in enumerate(LENGTHS)])
     tokens = Tokens(
         logp=logp[mask],
         old=None if on_policy else logps["old"][mask],
@@ -51,6 +50,7 @@ def ours(config, logps, masked=(), on_policy=False):
         ),
         lengths=torch.tensor([LENGTHS[i] for i in kept]),
         advantages=torch.tensor([ADVANTAGES[i] for i in kept]),
+        weights=torch.tensor([weights[i] for i in kept]),
     )
     total, metrics = grpo_loss(tokens, config)
     loss = total / normaliser(config, len(LENGTHS), int(mask.sum()))
@@ -60,33 +60,8 @@ def ours(config, logps, masked=(), on_policy=False):
 
 def theirs(trl_trainer, config, logps, masked=(), on_policy=False):
     """TRL's `_compute_loss` on a trainer with nothing but what it reads."""
-    trainer = object.__new__(trl_trainer)
     logp, mask = logps["logp"].clone().requires_grad_(), real(masked)
-    settings = {
-        "beta": config.beta,
-        "loss_type": config.loss_type,
-        "importance_sampling_level": config.importance_sampling_level,
-        "epsilon_low": config.epsilon,
-        "epsilon_high": config.epsilon if config.epsilon_high is None else config.epsilon_high,
-        "max_completion_length": LIMIT,
-        "top_entropy_quantile": 1.0,
-        "off_policy_mask_threshold": None,
-        "aux_loss_enabled": False,
-        "use_vllm": False,
-        "_entropy_bonus_enabled": False,
-        "current_gradient_accumulation_steps": 1,
-        "model": SimpleNamespace(training=True),
-        "args": SimpleNamespace(
-            delta=config.delta, use_bias_correction_kl=True, steps_per_generation=1
-        ),
-        "accelerator": SimpleNamespace(
-            num_processes=1, gather=lambda t: t, reduce=lambda t, reduction: t
-        ),
-        "_metrics": {"train": defaultdict(list), "eval": defaultdict(list)},
-        "_get_per_token_logps_and_entropies": lambda *_, **__: (logp, torch.zeros_like(logp), None),
-    }
-    for name, value in settings.items():
-        setattr(trainer, name, value)
+    trainer = trl_trainer(config, lambda *_, **__: (logp, torch.zeros_like(logp), None))
     inputs = {
         "prompt_ids": torch.zeros(len(LENGTHS), 1, dtype=torch.long),
         "prompt_mask": torch.ones(len(LENGTHS), 1, dtype=torch.long),
@@ -101,6 +76,16 @@ def theirs(trl_trainer, config, logps, masked=(), on_policy=False):
     loss = trainer._compute_loss(None, inputs)
     (gradient,) = torch.autograd.grad(loss, logp)
     return loss.detach(), gradient, trainer._metrics["train"]
+
+
+def loss_config(**options):
+    """All completions are one micro-batch."""
+    return GRPOConfig(
+        max_completion_length=LIMIT,
+        per_device_train_batch_size=len(LENGTHS),
+        num_generations=2,
+        **options,
+    )
 
 
 LOSSES = {
@@ -125,7 +110,7 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("name", LOSSES)
 def test_value_and_gradient_are_those_of_trl(trl_trainer, logps, name, options, masked):
-    config = GRPOConfig(max_completion_length=LIMIT, **OPTIONS[options] | LOSSES[name])
+    config = loss_config(**OPTIONS[options] | LOSSES[name])
     loss, gradient, metrics = ours(config, logps, masked)
     expected, expected_gradient, expected_metrics = theirs(trl_trainer, config, logps, masked)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-7)
@@ -137,7 +122,7 @@ def test_value_and_gradient_are_those_of_trl(trl_trainer, logps, name, options, 
 
 
 def test_the_kl_metric_is_the_k3_estimate(logps):
-    _, _, metrics = ours(GRPOConfig(beta=0.3), logps)
+    _, _, metrics = ours(loss_config(beta=0.3), logps)
     gap = (logps["reference"] - logps["logp"])[real()]
     total, count = metrics["kl"]
     assert float(total) / count == pytest.approx(float((gap.exp() - gap - 1).mean()), rel=1e-5)
@@ -145,7 +130,7 @@ def test_the_kl_metric_is_the_k3_estimate(logps):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_on_policy_the_ratio_is_one_and_has_a_gradient(trl_trainer, logps, name):
-    config = GRPOConfig(max_completion_length=LIMIT, beta=0.2, **LOSSES[name])
+    config = loss_config(beta=0.2, **LOSSES[name])
     loss, gradient, _ = ours(config, logps, on_policy=True)
     expected, expected_gradient, _ = theirs(trl_trainer, config, logps, on_policy=True)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-7)
@@ -162,10 +147,9 @@ def test_lengths_weigh_as_each_paper_says():
     }
     for loss_type, gradients in expected.items():
         config = GRPOConfig(loss_type=loss_type, max_completion_length=8)
-        logp = torch.full((4,), -2.0, requires_grad=True)
-        tokens = Tokens(
-            logp, None, None, torch.tensor([0, 1, 1, 1]), torch.tensor([1, 3]), torch.ones(2)
-        )
+        logp, sequence = torch.full((4,), -2.0, requires_grad=True), torch.tensor([0, 1, 1, 1])
+        weights = torch.tensor(token_weights(config, [1, 3]))
+        tokens = Tokens(logp, None, None, sequence, torch.tensor([1, 3]), torch.ones(2), weights)
         (grpo_loss(tokens, config)[0] / normaliser(config, 2, 4)).backward()
         assert (-logp.grad).tolist() == pytest.approx(gradients), loss_type
 
@@ -175,7 +159,7 @@ def test_a_pass_without_tokens_has_no_loss():
     index = torch.empty(0, dtype=torch.int64)
     for name in LOSSES.values():
         config = GRPOConfig(beta=0.1, **name)
-        total, _ = grpo_loss(Tokens(empty, None, empty, index, empty, empty), config)
+        total, _ = grpo_loss(Tokens(empty, None, empty, index, empty, empty, empty), config)
         assert total == 0
 
 
@@ -213,8 +197,10 @@ def test_advantages_are_those_of_trl(scale, missing):
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 def test_equal_rewards_teach_nothing(scale):
-    found, std = group_advantages(torch.full((8,), 0.3), 4, scale, 0.0)
-    assert found.abs().max() < 1e-3 and std.abs().max() < 1e-6
+    """Not even the rounding of their mean, which 1e-4 would enlarge."""
+    for reward, size in ((0.3, 4), (0.1, 7), (1e7 / 3, 3)):
+        found, std = group_advantages(torch.full((2 * size,), reward), size, scale, 0.0)
+        assert found.eq(0).all() and std.eq(0).all()
 
 
 def test_true_and_false_are_trls_older_spellings():

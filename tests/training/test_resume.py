@@ -39,6 +39,17 @@ RUNS = {
         "grpo",
         SMALL_PASSES | {"num_iterations": 2, "steps_per_generation": 4, "beta": 0.05},
     ),
+    "grpo-replaced": (
+        "grpo",
+        SMALL_PASSES
+        | {
+            "num_iterations": 2,
+            "steps_per_generation": 4,
+            "dynamic_sampling_rounds": 2,
+            "reward_batch_size": 1,
+            "max_tokens_per_pass": 12,
+        },
+    ),
     "grpo-lora-dropout": (
         "grpo",
         SMALL_PASSES | {"num_iterations": 2, "beta": 0.05, "peft_config": LORA},
@@ -67,7 +78,8 @@ def start(request, make, base, items, pairs):
     kind, options = RUNS[request.param]
     adapted = "lora" in request.param
     if kind == "grpo":  # rewards that draw random numbers, as a noisy judge may
-        options = options | {"reward_funcs": noisy, "eval_dataset": [{"prompt": "1"}]}
+        reward = coin if "replaced" in request.param else noisy
+        options = options | {"reward_funcs": reward, "eval_dataset": [{"prompt": "1"}]}
     else:
         options = options | {"eval_dataset": (items if kind == "sft" else pairs)[:3]}
 
@@ -81,6 +93,11 @@ def start(request, make, base, items, pairs):
 def noisy(completions, log_metric, **_):
     log_metric("noise", random.random())
     return [sum(c < "A" for c in text) / 8 + random.random() for text in completions]
+
+
+def coin(completions, **_):
+    """Groups of two are flat half of the time."""
+    return [float(random.random() < 0.5) for _ in completions]
 
 
 @pytest.fixture
