@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import machine, page
-from .records import Document
+from .records import Document, Record
 
 # What may differ between the parts, and is listed; all else must be the same machine's.
 LISTED = ("commit", "quick", "variables")
@@ -38,18 +38,34 @@ def merge(parts: Sequence[Document], names: Sequence[str]) -> Document:
         ValueError: the parts are of different machines, versions or settings.
     """
     facts = dict(parts[0].machine)
-    records = {}
+    work: dict[tuple[Any, ...], list[Record]] = {}
     for part, name in zip(parts, names, strict=True):
         for key in sorted(part.machine.keys() - set(LISTED)):
-            # Unknown in one part (peers that were not asked for) is no contradiction.
-            known = [value for value in (facts.get(key), part.machine[key]) if value is not None]
-            if known[1:] and known[0] != known[1]:
-                raise ValueError(f"{name}: {key} is {known[1]!r}, in {names[0]} {known[0]!r}")
-            facts[key] = known[0] if known else None
-        records |= {(*r.group, r.contender, r.axis, r.x): r for r in part.records}
+            try:
+                facts[key] = _agreed(facts.get(key), part.machine[key])
+            except ValueError as error:
+                raise ValueError(f"{name}: {key} is {error} in {names[0]}") from None
+        # Rounds are compared with each other: those of another run do not stay beside them.
+        renewed: dict[tuple[Any, ...], list[Record]] = {}
+        for record in part.records:
+            renewed.setdefault((*record.group, record.axis, record.x), []).append(record)
+        work |= renewed
     for key in LISTED:
         facts[key] = _listed([part.machine.get(key) for part in parts])
-    return Document(facts, list(records.values()))
+    return Document(facts, [record for records in work.values() for record in records])
+
+
+def _agreed(first: Any, second: Any) -> Any:
+    """What two parts know; what one does not know (peers that were not asked for) is no matter.
+
+    Raises:
+        ValueError: they contradict each other.
+    """
+    if isinstance(first, dict) and isinstance(second, dict):
+        return {key: _agreed(first.get(key), second.get(key)) for key in {**first, **second}}
+    if first is not None and second is not None and first != second:
+        raise ValueError(f"{second!r}, and {first!r}")
+    return second if first is None else first
 
 
 def _listed(values: list[Any]) -> Any:

@@ -17,7 +17,7 @@ def generate(job: Job) -> Block:
     if settings.get("compile"):
         model.forward = torch.compile(model.forward)
     ids = torch.tensor([record["ids"] for record in job.records]).repeat_interleave(job.group, 0)
-    new = max(record.get("new_tokens", job.new_tokens) for record in job.records)
+    new = max(job.lengths)
     options = {
         "attention_mask": torch.ones_like(ids),
         "do_sample": False,
@@ -36,4 +36,4 @@ def generate(job: Job) -> Block:
         held = sum(t.nbytes for layer in layers for t in (layer.keys, layer.values))
         return Drawn(found.sequences[:, ids.shape[1] :].tolist(), held)
 
-    return in_parts(draw, [new] * len(ids), job.compared)
+    return in_parts(draw, job.lengths, [new] * len(ids))

@@ -52,7 +52,7 @@ def generate(job: Job) -> Block:
             tokens.append(context.step(tokens[-1], ids.shape[1] + number))
         return Drawn(np.stack(tokens, axis=1).tolist())
 
-    return in_parts(draw, [new] * len(ids), job.compared)
+    return in_parts(draw, job.lengths)
 
 
 class Context:

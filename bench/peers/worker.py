@@ -1,4 +1,4 @@
-"""A peer: a worker that trains, scores or generates with TRL or a plain transformers loop.
+"""A peer: a worker that trains, scores or generates with TRL, transformers or llama.cpp.
 
 `python -m bench.peers.worker FOLDER SETTINGS`, in the peers' environment. The settings, JSON:
 

@@ -40,7 +40,7 @@ def generate(job: Job, model: Transformer) -> Block:
         return complete(engine, prompts, lengths if whole else [1] * len(prompts), group)
 
     every = [length for length in lengths for _ in range(group)]
-    return in_parts(draw, every, job.compared)
+    return in_parts(draw, job.lengths, every)
 
 
 def complete(

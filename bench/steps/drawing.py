@@ -20,7 +20,9 @@ class Drawn:
     cache_bytes: float | None = None
 
 
-def in_parts(draw: Callable[[bool], Drawn], lengths: Sequence[int], compared: int) -> Block:
+def in_parts(
+    draw: Callable[[bool], Drawn], wanted: Sequence[int], lengths: Sequence[int] | None = None
+) -> Block:
     """A block of generations.
 
     Completions of one token each take what the prompts take: that is the prefill, and decoding is
@@ -28,9 +30,10 @@ def in_parts(draw: Callable[[bool], Drawn], lengths: Sequence[int], compared: in
 
     Args:
         draw: completes the prompts, whole (True) or by one token (False).
-        lengths: of the completions.
-        compared: first tokens of each completion that are looked at.
+        wanted: tokens of each completion that were asked for; these are looked at.
+        lengths: tokens that the program draws, if these are more.
     """
+    lengths = wanted if lengths is None else lengths
 
     def block(count: int) -> Result:
         whole = first = 0.0
@@ -44,7 +47,8 @@ def in_parts(draw: Callable[[bool], Drawn], lengths: Sequence[int], compared: in
         _check(drawn, lengths)
         _check(single, [1] * len(lengths))
         parts = {"prefill": first, "decoding": whole - first}
-        check = [float(token) for ids in drawn.token_ids for token in ids[:compared]]
+        pairs = zip(drawn.token_ids, wanted, strict=True)
+        check = [float(token) for ids, count in pairs for token in ids[:count]]
         return Result(check, whole, parts, drawn.cache_bytes)
 
     return block

@@ -26,7 +26,7 @@ INT8 = "int8"
 
 # How far behind the best token a drawn one may be, in log-probability: rounding of fp32, and of
 # what is kept in fewer bits.
-REGRET = {FLOAT: 1e-3, BFLOAT: 0.05, INT8: 0.05}
+REGRET = {FLOAT: 1e-3, BFLOAT: 0.05, INT8: 0.1}
 
 
 def run(options: Options) -> Iterator[Record]:

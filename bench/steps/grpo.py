@@ -123,8 +123,6 @@ def _rollouts(folder: Path, size: Size) -> Job:
 def training_pass(group: int, prompt: int, new: int) -> Case:
     """Forward and backward of a group: the prompt once, or once for each completion."""
     shape = Shape.of(material.SMALL, Tokenizer.bytes().vocab_size)
-    tokens = prompt + group * new
-    seen = (prompt * prompt / 2 + group * new * (prompt + new / 2)) / tokens
     return Case(
         section=SECTION,
         name="GRPO training pass",
@@ -140,7 +138,7 @@ def training_pass(group: int, prompt: int, new: int) -> Case:
         reference="transformers, padded",
         work=1,
         unit="passes",
-        limits={"": shape.training(tokens, seen, group * new)},
+        limits={"": shape.training(1, group, prompt, new)},
         checked=1,
         rounds=5,
         gigabytes=4.0,

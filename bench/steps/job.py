@@ -38,8 +38,6 @@ class Job:
     """Completions of a prompt, in GRPO and where texts are generated."""
     new_tokens: int = 0
     """Tokens of a completion, unless its record has `new_tokens` of its own."""
-    compared: int = 8
-    """Generation: so many first tokens of each completion are looked at."""
     threads: int = 1
     settings: dict[str, Any] = field(default_factory=dict)
     """The contender's own: dtype, compile, ..."""
@@ -57,6 +55,15 @@ class Job:
         content = dataclasses.asdict(self)
         del content["settings"]
         (folder / "job.json").write_text(json.dumps(content))
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each completion, those of the first prompt first."""
+        return [
+            record.get("new_tokens", self.new_tokens)
+            for record in self.records
+            for _ in range(self.group)
+        ]
 
     @property
     def in_order(self) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from fastllm.ops.backend import use_backend
 from .job import Job
 
 # Of a large batch, so many tokens are looked at, of completions spread over it.
-TOKENS = 2048
+TOKENS = 4096
 
 
 def regrets(folder: Path, found: list[float]) -> list[float]:
@@ -28,22 +28,22 @@ def regrets(folder: Path, found: list[float]) -> list[float]:
 
     Args:
         folder: of the job.
-        found: the first `job.compared` tokens of each completion, once for each block.
+        found: all tokens of all completions, once for each block.
     """
     job = Job.read(folder, {})
-    prompts = [record["ids"] for record in job.records for _ in range(job.group)]
-    wanted = len(prompts) * job.compared
-    if not found or len(found) % wanted:
+    lengths, whole = job.lengths, sum(job.lengths)
+    if not found or len(found) % whole:
         return [float("inf")]
-    drawn = torch.tensor(found).long().view(-1, len(prompts), job.compared)
-    longest = max(map(len, prompts)) + job.compared
-    count = max(1, min(len(prompts), TOKENS // longest))
+    prompts = [record["ids"] for record in job.records for _ in range(job.group)]
+    count = TOKENS // (max(map(len, prompts)) + max(lengths))
+    count = min(len(prompts), max(2, count))
     chosen = torch.linspace(0, len(prompts) - 1, count).round().long().tolist()
+    blocks = torch.tensor(found).long().view(-1, whole).unique(dim=0)
     return [
         regret
-        for block in drawn.unique(dim=0)
+        for completions in (block.split(lengths) for block in blocks)
         for i in chosen
-        for regret in _regrets(job.model, prompts[i], block[i])
+        for regret in _regrets(job.model, prompts[i], completions[i])
     ]
 
 

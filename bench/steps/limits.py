@@ -73,6 +73,8 @@ class Shape:
     layers: int
     layer_weights: int
     """Numbers in the matrices of a layer."""
+    key_value_weights: int
+    """Those of them that keys and values need: in the last layer, most rows need no others."""
     head_weights: int
     cached: int
     """Numbers that a token leaves in the cache."""
@@ -86,7 +88,8 @@ class Shape:
         queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
         layers = config.num_hidden_layers
         layer = 2 * hidden * (queries + keys) + 3 * hidden * config.intermediate_size
-        return cls(layers, layer, hidden * vocabulary, 2 * layers * keys, queries)
+        head_weights, cached = hidden * vocabulary, 2 * layers * keys
+        return cls(layers, layer, 2 * hidden * keys, head_weights, cached, queries)
 
     def decoding(
         self, prompts: int, group: int, prompt: int, new: int, weights: str, cache: str = ""
@@ -98,27 +101,32 @@ class Shape:
         of_weights = numbers * BYTES[weights]
         return Memory(steps, of_weights + rows * self.cached * BYTES[cache or weights])
 
-    def forward(self, tokens: float, seen: float, targets: float) -> float:
-        """Operations for so many tokens, each of which sees so many on average."""
-        attention = 4 * tokens * seen * self.width * self.layers
-        return (
-            2 * tokens * self.layers * self.layer_weights
-            + attention
-            + 2 * targets * self.head_weights
-        )
+    def forward(
+        self, prompts: int, group: int, prompt: int, new: int, scored: bool = False
+    ) -> float:
+        """Operations for groups that share their prompts.
 
-    def training(self, tokens: float, seen: float, targets: float) -> Arithmetic:
+        Args:
+            scored: by a reward model, which has no vocabulary and reads last tokens only.
+        """
+        before, drawn = prompts * prompt, prompts * group * new
+        last = prompts * group if scored else drawn
+        deep = self.layers - 1
+        linear = (before + drawn) * deep + last
+        numbers = linear * self.layer_weights + (before + drawn - last) * self.key_value_weights
+        seen = prompt + new / 2
+        pairs = deep * (before * prompt / 2 + drawn * seen) + last * seen
+        head = 0 if scored else drawn * self.head_weights
+        return 2 * (numbers + head) + 4 * pairs * self.width
+
+    def training(self, prompts: int, group: int, prompt: int, new: int) -> Arithmetic:
         """Forward, and backward at twice its operations."""
-        return Arithmetic(3 * self.forward(tokens, seen, targets))
+        return Arithmetic(3 * self.forward(prompts, group, prompt, new))
 
     def grpo_step(
         self, prompts: int, group: int, prompt: int, new: int, scored: bool = False
     ) -> Arithmetic:
-        """Sampling, training on groups that share their prompts, and perhaps scoring likewise."""
-        drawn = prompts * group * new
-        seen = (prompts * prompt * prompt / 2 + drawn * (prompt + new / 2)) / (
-            prompts * prompt + drawn
-        )
-        once = self.forward(prompts * prompt + drawn, seen, drawn)
-        scoring = once - 2 * drawn * self.head_weights if scored else 0.0
-        return Arithmetic(4 * once + scoring)
+        """Sampling, training, and perhaps scoring by a model of the same size."""
+        of = prompts, group, prompt, new
+        scoring = self.forward(*of, scored=True) if scored else 0.0
+        return Arithmetic(4 * self.forward(*of) + scoring)

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from fastllm.data.columns import Text
 from fastllm.data.encoding import tokenise_pairs
 from fastllm.data.errors import DataError
-from fastllm.data.packing import pack_pairs, scored_end
+from fastllm.data.packing import common_prefix, pack_pairs
 from fastllm.data.reader import Record
 from fastllm.data.records import preference_records, sft_records
 from fastllm.data.tokenise import joined, tokenise_wholes
 from fastllm.data.tokenizer import Tokenizer
-from fastllm.layout import PackedLayout
 from fastllm.model.reward import RewardModel
+from fastllm.training.rewards import score_completions
 
 
 @torch.no_grad()
@@ -52,6 +53,8 @@ def score_texts(
 ) -> list[dict[str, float]]:
     """The score of each record's whole text, `size` records at a time.
 
+    The prompt of neighbours that complete the same one is computed once.
+
     Raises:
         DataError: a bad record, or one with more tokens than the model has positions.
     """
@@ -61,21 +64,26 @@ def score_texts(
     sequences = [text.input_ids or ids.tolist() for text, ids in zip(texts, tokenised, strict=True)]
     for text, ids in zip(texts, sequences, strict=True):
         _check_length(text.origin, len(ids), model)
+    shared = _shared([text.prompt for text in texts], sequences)
+    parts = [(ids[:n], ids[n:]) for ids, n in zip(sequences, shared, strict=True)]
     rows: list[dict[str, float]] = []
-    for first in range(0, len(sequences), size):
-        scores = score_sequences(model, sequences[first : first + size])
+    for first in range(0, len(parts), size):
+        prompts, completions = zip(*parts[first : first + size], strict=True)
+        scores = score_completions(model, prompts, completions, _device(model))
         rows += [{"score": value} for value in scores.tolist()]
     return rows
 
 
-def score_sequences(model: RewardModel, sequences: Sequence[Sequence[int]]) -> Tensor:
-    """Scores [B] of token ids, computed as one packed row."""
-    pad = model.config.pad_token_id
-    read = [list(ids[: scored_end(ids, pad)]) for ids in sequences]
-    device = _device(model)
-    layout = PackedLayout([len(ids) for ids in read], device=device)
-    input_ids = torch.tensor([token for ids in read for token in ids], device=device)
-    return model.score_rows(input_ids, layout, layout.starts[1:].long() - 1)
+def _shared(prompts: Sequence[Text | None], sequences: Sequence[list[int]]) -> list[int]:
+    """How many of its first tokens each sequence shares with all neighbours of the same prompt."""
+    counts: list[int] = []
+    for _, neighbours in groupby(
+        range(len(prompts)), key=lambda i: i if prompts[i] is None else prompts[i]
+    ):
+        group = [sequences[i] for i in neighbours]
+        alike = [common_prefix(group[0], other) for other in group[1:]]
+        counts += [min(alike, default=0)] * len(group)
+    return counts
 
 
 def _check_length(origin: str, length: int, model: RewardModel) -> None:

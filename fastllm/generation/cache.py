@@ -120,8 +120,8 @@ class BlockCache:
             rows: the packed rows that each of them gets [n, 64], int64. What lies beyond the end
                 of its owner is never read: any row will do.
         """
-        shape = *rows.shape, *k.shape[1:]
-        keys, values = k[rows.flatten()].view(shape), v[rows.flatten()].view(shape)
+        shape, rows = (*rows.shape, *k.shape[1:]), rows.flatten()
+        keys, values = k.index_select(0, rows).view(shape), v.index_select(0, rows).view(shape)
         self.keys[layer].index_copy_(0, blocks, keys.permute(0, 2, 3, 1))
         self.values[layer].index_copy_(0, blocks, values.permute(0, 2, 1, 3))
 

@@ -17,7 +17,7 @@ from .cache import BlockCache
 from .graphed_step import GraphedStep
 from .native_step import NativeStep, Weights, why_not
 from .prefill import Prefill
-from .requests import Output, Request, Sequence, Stats, checked_prompt, checked_stops
+from .requests import Lists, Output, Request, Sequence, Stats, checked_prompt, checked_stops
 from .sampling import SamplingParams, random_keys
 from .scheduler import Scheduler
 from .stopping import TextCodec, TextReader
@@ -196,12 +196,13 @@ class Engine:
         if not self._requests:
             return held
         finished = self.advance(1)
-        news = [self._output(sequence) for sequence in finished]
-        for row, sequence in enumerate(self._batch.sequences):
-            count = int(self._batch.count[row])
+        news = [self._output(s, s.tokens.since(s.reported)) for s in finished if s.tokens]
+        rows = slice(self._batch.size)
+        places, counts = self._batch.place[rows].tolist(), self._batch.count[rows].tolist()
+        for sequence, place, count in zip(self._batch.sequences, places, counts, strict=True):
             if count > sequence.reported:
-                sequence.tokens = self._transcript.of(int(self._batch.place[row]), count)
-                news.append(self._output(sequence))
+                tokens = self._transcript.of(place, count, sequence.reported)
+                news.append(self._output(sequence, tokens.since(0)))
         return held + news
 
     def stream(
@@ -338,11 +339,9 @@ class Engine:
             sequence.reader = TextReader(self._tokenizer, sequence.request.params.stop_strings)
         return sequence.reader
 
-    def _output(self, sequence: Sequence) -> Output:
+    def _output(self, sequence: Sequence, news: Lists) -> Output:
         """What nobody was told of a sequence yet."""
-        assert sequence.tokens is not None
-        news = sequence.tokens.since(sequence.reported)
-        sequence.reported = sequence.count
+        sequence.reported += len(news[0])
         text = None
         if self._tokenizer is not None:
             reader = self._reader(sequence)

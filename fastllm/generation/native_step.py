@@ -29,7 +29,11 @@ _PACKINGS = {
     torch.int8: _PACKED.INT8,
 }
 _MOST_HEADS_OF_KEY = 256
-_BATCH_ARRAYS = ["token", "position", "tail_length", "count", "group", "tail_blocks", "prefix_blocks", "prefix_length", "max_count", "temperature", "top_p", "min_p", "repetition_penalty", "top_k", "key", "min_count", "stop_tokens", "seen"]
+_BATCH_ARRAYS = (
+    "token", "position", "tail_length", "count", "group", "tail_blocks", "prefix_blocks",
+    "prefix_length", "max_count", "temperature", "top_p", "min_p", "repetition_penalty", "top_k",
+    "key", "min_count", "stop_tokens", "seen",
+)  # fmt: skip
 
 
 def status() -> str:

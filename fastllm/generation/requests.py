@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from .stopping import TextReader
 
 FinishReason = Literal["stop", "length"]
+# Token ids, log-probabilities, and those under the distribution drawn from.
+Lists = tuple[list[int], list[float], list[float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,7 @@ class Tokens(NamedTuple):
     logprobs: np.ndarray
     sampling_logprobs: np.ndarray
 
-    def since(self, first: int) -> tuple[list[int], list[float], list[float]]:
+    def since(self, first: int) -> Lists:
         """From the `first`-th on, as lists."""
         return (
             self.token_ids[first:].tolist(),

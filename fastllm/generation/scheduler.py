@@ -176,14 +176,16 @@ class Scheduler:
         Returns:
             How many tokens every row has room for, and how many rows had to leave.
         """
-        missing, preempted = self._missing(steps), 0
+        batch, preempted = self._batch, 0
+        missing = self._missing(steps)
         if missing.sum() > self._cache.free_blocks:
-            steps = 1
-            while (missing := self._missing(1)).sum() > self._cache.free_blocks:
+            # As far as everybody comes in the blocks that he has.
+            room = batch.owned * BLOCK - batch.tail_length
+            steps = max(1, min(steps, int(room[: batch.size].min())))
+            while (missing := self._missing(steps)).sum() > self._cache.free_blocks:
                 if not self._discard_unused():
                     self._preempt()
                     preempted += 1
-        batch = self._batch
         while (rows := np.flatnonzero(missing > 0)).size:
             batch.tail_blocks[rows, batch.owned[rows]] = self._cache.take(rows.size)
             batch.owned[rows] += 1

@@ -51,9 +51,9 @@ class Transcript:
         for column, values in zip(self._columns, drawn, strict=True):
             column[places, at] = values
 
-    def of(self, place: int, count: int) -> Tokens:
-        """What a place holds: its first `count` tokens."""
-        return Tokens(*(column[place, :count].copy() for column in self._columns))
+    def of(self, place: int, count: int, first: int = 0) -> Tokens:
+        """What a place holds: the tokens from `first` up to `count`."""
+        return Tokens(*(column[place, first:count].copy() for column in self._columns))
 
     def _reshape(self, places: int, width: int) -> None:
         # Untouched, so that room for long completions costs nothing where they are short.

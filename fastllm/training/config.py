@@ -290,6 +290,12 @@ class GRPOConfig(TrainingConfig):
                     f"deterministic: expected {name} True (the sampler reads a prompt once, and "
                     "sums in that order), found False"
                 )
+        weights = (self.generation_kwargs or {}).get("weights", "auto")
+        if weights != "auto":
+            raise ValueError(
+                f"deterministic: expected the sampler to have the weights of training (generation_"
+                f"kwargs without weights), found weights {weights!r}"
+            )
         if self.dtype not in ("auto", "fp32") or self.bf16 or self.fp16:
             found = self.dtype if self.dtype not in ("auto", "fp32") else "bf16 or fp16"
             raise ValueError(f"deterministic: expected dtype fp32, found {found}")

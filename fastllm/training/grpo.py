@@ -22,7 +22,7 @@ from .averages import Averages, Metric
 from .completions_log import write_completions
 from .config import GRPOConfig
 from .groups import Group, GroupSource, sampling_options
-from .grpo_loss import Tokens, grpo_loss
+from .grpo_loss import Tokens, grpo_loss, on_policy_credit
 from .grpo_metrics import SamplerAgreement, mean
 from .grpo_passes import GRPOBatch, PassPlan
 from .loop import Pass, TrainOutput
@@ -181,7 +181,13 @@ class GRPOTrainer(Trainer):
         )
 
     def loss(self, model: Any, batch: GRPOBatch) -> tuple[Tensor, dict[str, Metric]]:
-        logp, entropy = self._logp(model, batch.tokens)
+        credit = None
+        if batch.old_logp is None and self.dtype is not torch.float16:  # whose range is too small
+            credit = on_policy_credit(batch.advantages, batch.weights, self.args)
+        if credit is None:
+            logp, entropy = self._logp(model, batch.tokens)
+        else:
+            with_gradient, logp, entropy = self._credited(model, batch.tokens, credit)
         tokens = Tokens(
             logp=logp,
             old=batch.old_logp,
@@ -193,6 +199,8 @@ class GRPOTrainer(Trainer):
             skipped=batch.skipped,
         )
         loss, metrics = grpo_loss(tokens, self.args)
+        if credit is not None:
+            loss = with_gradient + (loss - with_gradient).detach()
         # Old log-probabilities are the trainer's own of the rollout's weights; on policy, now.
         trainer_logp = logp.detach() if batch.old_logp is None else batch.old_logp
         self._agreement.add(trainer_logp, batch.sampler_logp)
@@ -264,6 +272,20 @@ class GRPOTrainer(Trainer):
             temperature=self.args.temperature or 1.0,
             entropy=True,
         )  # type: ignore[return-value]
+
+    def _credited(
+        self, model: Transformer, batch: TokenBatch, credit: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A scalar whose gradient by the log-probabilities of completion b is -credit[b], the
+        log-probabilities and the entropies, without gradient."""
+        hidden = model.hidden(batch.input_ids, batch.layout, batch.rows)
+        return ops.linear_cross_entropy(
+            hidden[batch.source],
+            model.lm_head.weight,
+            batch.targets,
+            credit[batch.sequence],
+            temperature=self.args.temperature or 1.0,
+        )
 
     @torch.no_grad()
     def _policy_logp(self, batch: TokenBatch) -> Tensor:

@@ -74,6 +74,25 @@ def grpo_loss(tokens: Tokens, config: GRPOConfig) -> tuple[Tensor, dict[str, Met
     return (loss * tokens.weights[tokens.sequence]).sum(), metrics
 
 
+def on_policy_credit(advantages: Tensor, weights: Tensor, config: GRPOConfig) -> Tensor | None:
+    """Gradient of the loss by a completion's log-probabilities, times -1, where every ratio is 1.
+
+    On policy it is known before the log-probabilities are, which spares their second computation.
+
+    Args:
+        advantages, weights: as in `Tokens` [B].
+
+    Returns:
+        [B]; None where the gradient depends on the log-probabilities: with a KL term, and where
+        `delta` cuts a ratio of 1 off.
+    """
+    if config.beta != 0 or (config.delta is not None and config.delta <= 1):
+        return None
+    high = config.epsilon if config.epsilon_high is None else config.epsilon_high
+    bound = min(1.0, high) if config.loss_type == "cispo" else 1.0
+    return bound * advantages * weights
+
+
 def token_weights(config: GRPOConfig, lengths: Sequence[int]) -> list[float]:
     """Weight of a token of each completion in the sum that `normaliser` divides.
 

@@ -110,6 +110,24 @@ def test_sections_run_one_by_one_become_one_result(
     assert (tmp_path / "some-cpu.html").is_file()
 
 
+def test_a_piece_of_work_is_of_one_run() -> None:
+    """What took part in an earlier run only would be compared with another run's rounds."""
+    first = [timed(2.0), timed(4.0, contender="eager"), timed(1.0, case="large")]
+    merged = merge.merge([Document({}, first), Document({}, [timed(3.0)])], ["a", "b"])
+    assert [(r.case, r.contender, r.seconds) for r in merged.records] == [
+        ("small", OURS, 3.0),
+        ("large", OURS, 1.0),
+    ]
+
+
+def test_versions_known_to_one_part_only_are_no_contradiction() -> None:
+    facts = [{"peers": {"torch": "2"}}, {"peers": {"torch": "2", "llama": "1"}}, {"peers": None}]
+    merged = merge.merge([Document(fact) for fact in facts], ["a", "b", "c"])
+    assert merged.machine["peers"] == {"torch": "2", "llama": "1"}
+    with pytest.raises(ValueError, match="d: peers is '3', and '2' in a"):
+        merge.merge([Document(facts[0]), Document({"peers": {"torch": "3"}})], ["a", "d"])
+
+
 def test_results_of_two_machines_are_not_merged(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -117,5 +135,5 @@ def test_results_of_two_machines_are_not_merged(
     for path, threads in zip(paths, (2, 4), strict=True):
         Document({"device": "Some CPU", "threads": threads}, []).write(path)
     assert merge.main([str(path) for path in paths], tmp_path) == 2
-    assert "b.json: threads is 4, in" in capsys.readouterr().err
+    assert "b.json: threads is 4, and 2 in" in capsys.readouterr().err
     assert merge.main([], tmp_path) == 2

@@ -38,7 +38,7 @@ def drawn(job: Job) -> Result:
 def test_ours_is_right(tmp_path, settings):
     job = job_in(tmp_path, settings, group=2)
     found = drawn(job)
-    assert len(found.check) == 3 * 2 * job.compared
+    assert len(found.check) == 3 * 2 * 10
     assert (
         max(judge.regrets(tmp_path, found.check))
         < generate.REGRET[settings.get("weights", "float32")]
@@ -58,7 +58,7 @@ def test_a_wrong_token_is_found(tmp_path):
     assert len(judge.regrets(tmp_path, right * 2)) == len(right), "equal blocks are judged once"
 
 
-@pytest.mark.parametrize("found", [[], [5.0], [-1.0] * 24, [1000.0] * 24])
+@pytest.mark.parametrize("found", [[], [5.0], [-1.0] * 30, [1000.0] * 30])
 def test_nonsense_is_infinitely_wrong(tmp_path, found):
     job_in(tmp_path)
     assert set(judge.regrets(tmp_path, found)) == {float("inf")}
@@ -67,8 +67,11 @@ def test_nonsense_is_infinitely_wrong(tmp_path, found):
 def test_of_a_large_batch_some_are_judged(tmp_path, monkeypatch):
     job = job_in(tmp_path)
     found = drawn(job).check
-    monkeypatch.setattr(judge, "TOKENS", 32)  # two of three: the first and the last
-    assert len(judge.regrets(tmp_path, found)) == 2 * job.compared
+    monkeypatch.setattr(judge, "TOKENS", 1)  # two of three: the first and the last
+    assert len(judge.regrets(tmp_path, found)) == 2 * 10
+    wrong = found[:10] + [0.0] * 10 + found[20:]
+    assert max(judge.regrets(tmp_path, wrong)) < 1e-3
+    assert max(judge.regrets(tmp_path, [0.0] * 10 + found[10:])) > 1e-3
 
 
 def test_lengths_of_their_own(tmp_path):
@@ -109,11 +112,12 @@ def test_completions_of_another_length_are_refused():
     def short(whole: bool) -> Drawn:
         return Drawn([[1] * (3 if whole else 1)] * 2)
 
-    assert drawing.in_parts(short, [3, 3], 2)(1).check == [1.0] * 4
+    assert drawing.in_parts(short, [3, 3])(1).check == [1.0] * 6
+    assert drawing.in_parts(short, [2, 3], [3, 3])(1).check == [1.0] * 5
     with pytest.raises(ValueError, match="1 of 2 completions have another length"):
-        drawing.in_parts(short, [3, 4], 2)(1)
+        drawing.in_parts(short, [3, 4])(1)
     with pytest.raises(ValueError, match="1 of 3 completions"):
-        drawing.in_parts(short, [3, 3, 3], 2)(1)
+        drawing.in_parts(short, [3, 3, 3])(1)
 
 
 def test_lengths_are_even_in_their_logarithms():
@@ -135,8 +139,20 @@ def test_what_a_token_step_reads():
     assert step.bytes_per_step == weights * 4 + token * (2 * 10 + 6 * 1.5)
     narrow = shape.decoding(2, 3, 10, 3, "int8", "float32")
     assert step.bytes_per_step - narrow.bytes_per_step == weights * 3
-    assert shape.forward(7, 0, 0) == 2 * 7 * (weights - 96 * 259)
-    assert shape.training(7, 2, 5).flops == 3 * shape.forward(7, 2, 5)
+
+
+def test_the_arithmetic_of_groups():
+    """One prompt of 4 tokens, two completions of 3: ten rows, six of them in the last layer."""
+    shape = limits.Shape(3, 100, 30, 1000, cached=0, width=8)
+    rows = 2 * 10 * 100 + 6 * 100 + 4 * 30
+    pairs = 2 * (4 * 4 / 2 + 6 * (4 + 1.5)) + 6 * (4 + 1.5)
+    once = 2 * (rows + 6 * 1000) + 4 * pairs * 8
+    assert shape.forward(1, 2, 4, 3) == once
+    assert shape.training(1, 2, 4, 3).flops == 3 * once
+    assert shape.grpo_step(1, 2, 4, 3).flops == 4 * once
+    scored = shape.forward(1, 2, 4, 3, scored=True)
+    assert shape.grpo_step(1, 2, 4, 3, scored=True).flops == 4 * once + scored
+    assert scored == 2 * (22 * 100 + 8 * 30) + 4 * (pairs - 4 * 5.5) * 8
 
 
 def test_a_limit_in_words():
@@ -187,5 +203,5 @@ def test_llama_cpp_is_judged_alike(tmp_path, weights):
     )
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout.splitlines()[1])
-    assert len(answer["check"]) == 3 * job.compared
+    assert len(answer["check"]) == sum(job.lengths)
     assert max(judge.regrets(tmp_path, answer["check"])) < generate.REGRET["bfloat16"]

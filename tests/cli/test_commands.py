@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from fastllm import RewardModel
 from fastllm.cli import main
 from fastllm.cli.options import UsageError
 
@@ -123,6 +124,30 @@ def test_texts_and_pairs_score_alike(work: Any, tmp_path: Path, reward_model: Pa
         scores[name] = [row["chosen_score" if name == "pairs" else "score"] for row in rows]
     assert scores["completions"] == pytest.approx(scores["pairs"], abs=1e-5)
     assert scores["whole"] == pytest.approx(scores["pairs"], abs=1e-5)
+
+
+def test_neighbours_that_complete_one_prompt_score_as_apart(
+    work: Any, tmp_path: Path, reward_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And their prompt is computed once."""
+    answers = ["1", "11", "1", "12", "", "2"]
+    texts = [{"prompt": p, "completion": a} for p in ("1+2+3+4+5=", "7=") for a in answers]
+    apart = [text for pair in zip(texts[:6], texts[6:], strict=True) for text in pair]
+    computed, scores = [], []
+    forward = RewardModel.score_rows
+    monkeypatch.setattr(
+        RewardModel,
+        "score_rows",
+        lambda self, ids, *rest: computed.append(len(ids)) or forward(self, ids, *rest),
+    )
+    for records in (texts, apart):
+        data, out = work.write("texts.jsonl", *records), tmp_path / "scores.jsonl"
+        argv = ["score", "--model", str(reward_model), "--data", data, "--out", str(out)]
+        assert main([*argv, "--overwrite"]) == 0
+        rows = [json.loads(line) for line in out.open()]
+        scores.append({(row["prompt"], row["completion"]): row["score"] for row in rows})
+    assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+    assert computed[0] < 0.7 * computed[1]
 
 
 def test_a_text_longer_than_the_reward_model_is_not_cut(work: Any, reward_model: Path) -> None:

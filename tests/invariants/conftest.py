@@ -20,7 +20,8 @@ from fastllm import (
     SFTTrainer,
 )
 from fastllm.data.tokenizer import Tokenizer
-from fastllm.training.rollouts import Sample
+from fastllm.training.grpo_passes import PassPlan, Sample
+from fastllm.training.loop import Pass
 
 VOCAB = 260
 Loss = tuple[Tensor, dict[str, Tensor]]
@@ -118,18 +119,17 @@ def step(trainer: Any) -> Callable[..., Loss]:
     def run(passes: Sequence[Sequence[Any]], **changes: Any) -> Loss:
         original = trainer.args
         trainer.args = original.replaced(**changes)
-        collate = trainer.source()._pass if hasattr(trainer, "rewards") else None
+        plan = trainer.source()._plan if hasattr(trainer, "rewards") else None
         total, normaliser = torch.zeros((), device=trainer.device), 0.0
         trainer.model.zero_grad()
         for chosen in passes:
-            if collate is not None:
-                one = collate(list(chosen))
+            if plan is not None:
+                one = grpo_pass(plan, chosen)
                 batch, weight = one.batch, one.weight
             else:
                 batch, weight, _ = trainer._collate(chosen)
-            loss, _ = trainer.loss(
-                trainer.model, batch.to(trainer.device) if not collate else batch
-            )
+                batch = batch.to(trainer.device)
+            loss, _ = trainer.loss(trainer.model, batch)
             total, normaliser = total + loss, normaliser + weight
         (total / normaliser).backward()
         trainer.args = original
@@ -150,6 +150,12 @@ def assert_same() -> Callable[[Loss, Loss], None]:
             assert error <= 1e-5 * gradient.abs().max(), name
 
     return check
+
+
+def grpo_pass(plan: PassPlan, samples: Sequence[Sample]) -> Pass:
+    """Samples as one pass, with what they add to the normaliser of a step."""
+    (one,) = plan.step(samples, sum(s.loss_tokens for s in samples))
+    return one
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:

@@ -79,7 +79,7 @@ def test_a_masked_completion_is_as_good_as_absent(step, examples, assert_same):
 @pytest.mark.large
 def test_the_last_layer_may_skip_rows_that_nobody_reads(trainer, examples, kind):
     if kind == "grpo":
-        batch = trainer.source()._pass(examples).batch.tokens
+        batch = trainer.source()._plan.pack(examples)
     else:
         batch = trainer._collate(examples)[0].to(trainer.device)
     trunk, direction = trainer.model.model, None

@@ -142,6 +142,22 @@ def test_on_policy_every_ratio_is_exactly_one(make, monkeypatch):
     assert len(every) == 6 and all((ratio == 1).all() for ratio in every)
 
 
+@pytest.mark.parametrize("iterations", [1, 2])
+@pytest.mark.parametrize(("accumulation", "per_generation"), [(1, None), (1, 2), (2, 2), (2, 4)])
+def test_the_policy_is_remembered_where_trl_remembers_it(
+    make, accumulation, per_generation, iterations
+):
+    trainer = make(
+        "grpo", reward_funcs=varied, gradient_accumulation_steps=accumulation,
+        steps_per_generation=per_generation, num_iterations=iterations,
+    )  # fmt: skip
+    generate_every = (per_generation or accumulation) * iterations
+    passes = trainer.source().passes(0)
+    assert len(passes) == accumulation
+    remembered = {one.batch.old_logp is not None for one in passes}
+    assert remembered == {accumulation % generate_every != 0}
+
+
 def test_what_is_remembered_knows_no_dropout(make, base, monkeypatch):
     peft_config = LoraConfig(r=2, lora_dropout=0.5)
     options = SMALL_PASSES | {"num_iterations": 2, "peft_config": peft_config}
@@ -301,6 +317,7 @@ def test_settings_that_do_not_fit_are_refused(run, policy, tmp_path):
         ({"top_p": 0}, r"top_p: expected a number in \(0, 1\], found 0"),
         ({"generation_kwargs": {"temperature": 2}}, "concerns the loss too: set temperature"),
         ({"deterministic": True, "packing": False}, "deterministic: expected packing True"),
+        ({"deterministic": True, "generation_kwargs": {"weights": "int8"}}, "found weights 'int8'"),
         ({"deterministic": True, "dtype": "bf16"}, "expected dtype fp32, found bf16"),
     ):
         with pytest.raises(ValueError, match=message):

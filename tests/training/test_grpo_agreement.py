@@ -76,6 +76,12 @@ def test_they_agree_with_adapters(make, base, metrics, tmp_path, way):
         assert line["sampling/sampling_logp_difference/max"] <= 1e-5
 
 
+def test_int8_weights_show(cpp_kernels, build, metrics, tmp_path):
+    build("llama", generation_kwargs={"weights": "int8"}).train()
+    for line in metrics(tmp_path / "run"):
+        assert 1e-5 < line["sampling/sampling_logp_difference/max"] < 0.5
+
+
 # -- bit for bit --------------------------------------------------------------------------------
 
 

@@ -36,13 +36,15 @@ LOSSES = {
     "gspo-bnpo": {"loss_type": "bnpo", "importance_sampling_level": "sequence"},
 }
 OPTIONS = {
-    "plain": {},
+    "off-policy": {},
     "masked": {"mask_truncated_completions": True},
     "kl": {"beta": 0.2},
     "all": {
         "beta": 0.1, "epsilon": 0.1, "epsilon_high": 0.3, "delta": 1.4,
         "mask_truncated_completions": True,
     },
+    "on-policy": {"delta": 1.4},
+    "on-policy-kl": {"beta": 0.2},
     "two-steps": {"gradient_accumulation_steps": 1, "steps_per_generation": 2},
 }  # fmt: skip
 LAYOUTS = {
@@ -68,7 +70,7 @@ def samples():
     """The completions of four groups; old log-probabilities far enough off for every clip."""
     generator = torch.Generator().manual_seed(5)
 
-    def build(config):
+    def build(config, on_policy):
         made = []
         for g, (prompt, lengths, advantages) in enumerate(
             zip(PROMPTS, LENGTHS, ADVANTAGES, strict=True)
@@ -77,7 +79,8 @@ def samples():
                 ids = torch.randint(3, 250, (length,), generator=generator).tolist()
                 masked = config.mask_truncated_completions and i in MASKED.get(g, ())
                 off = torch.randn(length, generator=generator).tolist()
-                made.append(Sample(prompt, ids, off, advantage, masked, off))
+                old = None if on_policy else off
+                made.append(Sample(prompt, ids, off, advantage, masked, old))
         return made
 
     return build
@@ -113,15 +116,18 @@ def trl_inputs(samples, all_tokens):
     longest = max(map(len, prompts)), max(map(len, completions))
     mask = padded(samples, [[1] * len(c) for c in completions], longest[1])
     mask *= torch.tensor([not s.masked for s in samples])[:, None]
-    return {
+    inputs = {
         "prompt_ids": padded(samples, prompts, longest[0], left=True),
         "prompt_mask": padded(samples, [[1] * len(p) for p in prompts], longest[0], left=True),
         "completion_ids": padded(samples, completions, longest[1]),
         "completion_mask": mask,
         "advantages": torch.tensor([s.advantage for s in samples]),
         "num_items_in_batch": torch.tensor(all_tokens),
-        "old_per_token_logps": padded(samples, [s.old_logp for s in samples], longest[1]),
     }
+    if samples[0].old_logp is not None:
+        old = padded(samples, [s.old_logp for s in samples], longest[1])
+        inputs["old_per_token_logps"] = old
+    return inputs
 
 
 def step_of_trl(trainer, model, reference, config, rollout):
@@ -166,7 +172,7 @@ def test_loss_and_gradients_are_those_of_trl(
 ):
     settings = COMMON | OPTIONS[options] | LOSSES[name]
     trainer = make("grpo", base, **settings)
-    rollout = samples(trainer.args)
+    rollout = samples(trainer.args, options.startswith("on-policy"))
     model_of_trl = trl_trainer(
         trainer.args,
         lambda model, ids, mask, keep, **_: (
