@@ -104,6 +104,18 @@ def _memmove(target: Tensor, source: Tensor, threads: int, pool: ThreadPoolExecu
     return lambda: list(pool.map(lambda call: ctypes.memmove(*call), calls))
 
 
+def reading(amount: int, threads: int, pool: ThreadPoolExecutor) -> Callable[[], object]:
+    """Something that reads that many bytes on the CPU, two streams on each thread."""
+    values = torch.ones(amount // 4)
+    parts = [(part.data_ptr(), part.nbytes) for part in values.chunk(threads)]
+    read = _on_each_thread(_compare, parts, pool)
+
+    def keeping_alive() -> object:
+        return values is not None and read()
+
+    return keeping_alive
+
+
 @cache
 def _reads(footprint: int, options: Options) -> tuple[Record, ...]:
     """A sum, and the C library's search and comparison: one and two streams on each thread."""

@@ -171,7 +171,7 @@ class Contest:
 
     def _compare(self, contender: Contender, expected: list[float] | None) -> None:
         """Let nobody go on whose results are not those that are expected."""
-        if contender.name not in self._running:
+        if contender.name not in self._running or contender.compared == 0:
             return
         case, found = self._case, _results(self._running[contender.name])
         if expected is None:

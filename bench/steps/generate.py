@@ -15,7 +15,7 @@ from . import judge, material, tails
 from .contest import Case, run_all
 from .entrants import BFLOAT, FLOAT, fastllm, llama, loop
 from .job import Job
-from .limits import Shape
+from .limits import Memory, Shape
 from .workers import Contender
 
 NAME = "generate"
@@ -104,7 +104,7 @@ def _case(size: Size, *others: Contender, dtype: str = FLOAT) -> Case:
         dtype=dtype,
         asked_as=FLOAT if dtype == INT8 else "",
         job=lambda folder: _job(folder, size),
-        contenders=(_ours(dtype), *others),
+        contenders=(_ours(dtype), *others, *_reading(limit, large and size.batch == 1)),
         judge=judge.regrets,
         tolerance=REGRET[dtype],
         work=size.batch * size.new,
@@ -119,6 +119,14 @@ def _case(size: Size, *others: Contender, dtype: str = FLOAT) -> Case:
 
 def _ours(dtype: str) -> Contender:
     return fastllm(settings={"weights": INT8}) if dtype == INT8 else fastllm(dtype=dtype)
+
+
+def _reading(limit: Memory, wanted: bool) -> tuple[Contender, ...]:
+    """The memory as a contender: where reading is all, its rate in the same minutes counts."""
+    if not wanted:
+        return ()
+    settings = {"read": int(limit.bytes_per_step), "times": limit.steps}
+    return (fastllm("a read of the same bytes", settings=settings, compared=0),)
 
 
 def _job(folder: Path, size: Size) -> Job:

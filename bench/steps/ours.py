@@ -9,15 +9,18 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench import roofline
 from bench.steps import completions, group_pass
 from bench.steps.job import Job, letters
-from bench.steps.turns import Block, Ended, Line, Turns, serve
+from bench.steps.turns import Block, Ended, Line, Result, Turns, serve
 from fastllm import (
     GRPOConfig,
     GRPOTrainer,
@@ -115,10 +118,27 @@ def score_pairs(job: Job) -> Block:
 
 
 def generate(job: Job) -> Block:
-    """Greedy completions."""
+    """Greedy completions, or a read of what their token steps have to read."""
+    if "read" in job.settings:
+        return reading(job)
     model = Transformer.from_pretrained(job.model).eval()
     _compute_in(model, job)
     return completions.generate(job, model)
+
+
+def reading(job: Job) -> Block:
+    """The memory limit in turns with the contenders: its rate changes from minute to minute."""
+    pool = ThreadPoolExecutor(job.threads)
+    read = roofline.reading(job.settings["read"], job.threads, pool)
+
+    def block(count: int) -> Result:
+        started = time.perf_counter()
+        for _ in range(count * job.settings["times"]):
+            read()
+        seconds = time.perf_counter() - started
+        return Result([0.0], seconds, {"decoding": seconds})
+
+    return block
 
 
 # The parts of a GRPO step, and what the trainer calls them.

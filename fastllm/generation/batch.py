@@ -7,9 +7,11 @@ are read once for all of them.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
 import numpy as np
+from torch import Tensor
 
 from .requests import Sequence
 
@@ -50,6 +52,12 @@ class TokenStep(Protocol):
         Raises:
             RuntimeError: logits that are not finite.
         """
+
+    def prefilling(self) -> AbstractContextManager[None]:
+        """While prompts are read: whatever this step can do for it."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Of hidden states after prompts: [N, C] -> [N, V], fp32."""
 
 
 class RunningBatch:

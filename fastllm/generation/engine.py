@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from ..model import Transformer
-from ..ops.linear_logprob import wide_matmul
 from .batch import Drawn, RunningBatch, TokenStep
 from .cache import BlockCache
 from .graphed_step import GraphedStep
@@ -21,7 +20,7 @@ from .requests import Lists, Output, Request, Sequence, Stats, checked_prompt, c
 from .sampling import SamplingParams, random_keys
 from .scheduler import Scheduler
 from .stopping import TextCodec, TextReader
-from .token_step import OpByOpStep, draw, head_weight, stopped
+from .token_step import OpByOpStep, draw, stopped
 from .transcript import Transcript
 
 StepName = Literal["auto", "ops", "graphs"]
@@ -269,11 +268,11 @@ class Engine:
         return finished
 
     def _prefill(self, prefill: Prefill) -> None:
-        hidden = prefill.run(self._model, self._cache)
+        with self._step.prefilling():
+            hidden = prefill.run(self._model, self._cache)
         beginning = [request for request in prefill.prompts if request.not_begun]
         if beginning:
-            logits = wide_matmul(hidden, head_weight(self._model).t())
-            for request, row in zip(beginning, logits, strict=True):
+            for request, row in zip(beginning, self._step.logits(hidden), strict=True):
                 request.logits = row
 
     def _decode(self, most: int) -> list[Sequence]:

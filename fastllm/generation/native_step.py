@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..model.layers import Linear
 from ..model.lora import LoRALinear
 from ..model.transformer import Block
 from ..ops import backend, cpp
+from ..ops.linear_logprob import wide_matmul
 from .batch import Drawn, RunningBatch
 from .cache import BlockCache
 
 if TYPE_CHECKING:
     from ..model import Transformer
-    from ..model.layers import Linear
 
 Weights = Literal["auto", "int8"]
 
@@ -92,6 +96,7 @@ class NativeStep:
         self._dtype = compute_dtype(model)
         self._packing = torch.int8 if weights == "int8" else self._dtype
         self._kept: list[Tensor] = []
+        self._products: list[tuple[Linear, Callable[[Tensor], Tensor]]] = []
         self._squares = np.zeros(2)
         self._decoder = self._make(model)
         self._bound: tuple[Any, ...] = ()
@@ -128,6 +133,24 @@ class NativeStep:
             bad = int(np.argwhere(~np.isfinite(drawn.logprobs))[0][1])
             raise RuntimeError(f"the model's logits are not finite (row {bad} of {rows})")
         return drawn
+
+    @contextlib.contextmanager
+    def prefilling(self) -> Iterator[None]:
+        """The packed weights serve short prompts too: nothing is copied or cast for each of them.
+
+        Weights in 8 bits do not: prompts are read with the weights as they are.
+        """
+        for linear, product in self._products:
+            linear.packed = product
+        try:
+            yield
+        finally:
+            for linear, _ in self._products:
+                linear.packed = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """See `TokenStep`."""
+        return self._head(hidden)
 
     # -- addresses -----------------------------------------------------------------------------
 
@@ -180,10 +203,12 @@ class NativeStep:
                 ]
             )
             windows.append(attention.window or 0)
+        head = self._projection(model.lm_head)
+        self._head = self._head_product(model.lm_head)
         return cpp.decoder_class()(
             shape,
             _PACKINGS[self._packing],
-            self._projection(model.lm_head),
+            head,
             projections,
             norms,
             windows,
@@ -202,8 +227,27 @@ class NativeStep:
         panels, scales = _PACKED.pack(weight, _PACKINGS[self._packing])
         if self._packing == torch.int8:
             self._measure(weight, panels, scales)
-        bias = 0 if linear.bias is None else self._keep(linear.bias.float())
-        return [*weight.shape, self._keep(panels), self._keep(scales), bias]
+        bias = None if linear.bias is None else linear.bias.detach().float()
+        if type(linear) is Linear and self._packing != torch.int8:
+            product = functools.partial(
+                _PACKED.product,
+                panels=panels,
+                scales=scales,
+                packing=_PACKINGS[self._packing],
+                columns=weight.shape[0],
+                bias=bias,
+            )
+            self._products.append((linear, product))
+        address = 0 if bias is None else self._keep(bias)
+        return [*weight.shape, self._keep(panels), self._keep(scales), address]
+
+    def _head_product(self, head: Linear) -> Callable[[Tensor], Tensor]:
+        """Hidden states to logits in fp32."""
+        if self._products and self._products[-1][0] is head:
+            _, product = self._products.pop()
+            return functools.partial(product, wide=True)
+        weight = head.weight.detach().to(self._dtype)
+        return lambda hidden: wide_matmul(hidden, weight.t())
 
     def _measure(self, weight: Tensor, panels: Tensor, scales: Tensor) -> None:
         """Add up what packing a matrix changed, over a part of its rows."""

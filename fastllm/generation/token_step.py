@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, fields
 from typing import Generic, TypeVar
 
@@ -41,6 +42,14 @@ class OpByOpStep:
                 drawn.append(self._step(batch))
         return Drawn(*(np.stack(column) for column in zip(*drawn, strict=True)))
 
+    def prefilling(self) -> contextlib.AbstractContextManager[None]:
+        """Nothing serves but the ops."""
+        return contextlib.nullcontext()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """See `TokenStep`."""
+        return wide_matmul(hidden, self._head.t())
+
     def _step(self, batch: RunningBatch) -> Drawn:
         rows = StepRows.next_of(batch)
         return draw(batch, self._logits(rows))
@@ -52,7 +61,7 @@ class OpByOpStep:
 
     def _compute(self, rows: StepRows[Tensor], furthest: int) -> Tensor:
         attend = DecodeAttend(self._cache, rows, furthest)
-        return wide_matmul(self._model.model(rows.token, attend), self._head.t())
+        return self.logits(self._model.model(rows.token, attend))
 
 
 def draw(batch: RunningBatch, logits: Tensor, rows: np.ndarray | slice | None = None) -> Drawn:

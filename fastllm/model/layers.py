@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from .. import ops
 
+# Rows that the second-level cache holds: a product with packed panels reads them once for each.
+_FEW_NUMBERS = 1 << 18
+
 
 class Linear(nn.Linear):
     """A linear layer that computes in the dtype of its input; its weights may be wider."""
 
+    packed: Callable[[Tensor], Tensor] | None = None
+    """A product with a copy of the weight that serves for now; see generation/native_step.py."""
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.packed is not None and x.numel() <= _FEW_NUMBERS:
+            return self.packed(x)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return ops.linear(x, self.weight.to(x.dtype), bias)
 
