@@ -92,6 +92,7 @@ Tensor decode_attention_forward(Tensor q, Tensor keys, Tensor values, Tensor pre
       data<int32_t>(tail_lengths),
       new_head_rows(out),
       tasks.data(),
+      static_cast<int64_t>(tasks.size()),
       heads,
       key_heads,
       head_size,

@@ -264,6 +264,30 @@ struct TaskRows {
   }
 };
 
+// Where the keys and the values of a head lie in a block; null for nowhere.
+template <class T>
+struct Place {
+  const T* keys;
+  const T* values;
+};
+
+template <class T>
+Place<T> place_of(const DecodeAttentionForward& a, int64_t block, int64_t key_head) {
+  const int64_t place = (block * a.key_heads + key_head) * kCacheBlock * a.head_size;
+  return {static_cast<const T*>(a.keys) + place, static_cast<const T*>(a.values) + place};
+}
+
+// The first block of a task, as far as there is one.
+template <class T>
+Place<T> first_place(const DecodeAttentionForward& a, int64_t task) {
+  if (task >= a.task_count) return {nullptr, nullptr};
+  const DecodeTask& t = a.tasks[task];
+  const int64_t prompt = a.group[t.first];
+  const int32_t* blocks = a.prefix_lengths[prompt] > 0 ? a.prefix_blocks + prompt * a.prefix_stride
+                                                       : a.tail_blocks + t.first * a.tail_stride;
+  return place_of<T>(a, blocks[0], t.key_head);
+}
+
 // Adds blocks to a tile one call late: by then it is known where the next block lies.
 template <class T>
 class LateAttend {
@@ -280,8 +304,12 @@ class LateAttend {
     waiting_ = true;
   }
 
-  void finish() {
-    if (waiting_) attend(tile_, block_, size_);
+  // `next` is where the next task begins.
+  void finish(const Place<T>& next) {
+    if (!waiting_) return;
+    block_.keys.ahead = next.keys ? next.keys - block_.keys.data : 0;
+    block_.values.ahead = next.values ? next.values - block_.values.data : 0;
+    attend(tile_, block_, size_);
     waiting_ = false;
   }
 
@@ -307,10 +335,9 @@ void attend_run(LateAttend<T>& attend_late, const RowTile& tile, int begin, int 
   for (int r = begin; r < end; ++r) oldest = smaller(oldest, tile.oldest[r]);
   const int64_t first = larger(0, oldest - run.position) / kCacheBlock * kCacheBlock;
   for (int64_t key = first; key < run.count; key += kCacheBlock) {
-    const int64_t place =
-        (run.blocks[key / kCacheBlock] * a.key_heads + key_head) * kCacheBlock * a.head_size;
-    attend_late({{static_cast<const T*>(a.keys) + place, kCacheBlock, 0},
-                 {static_cast<const T*>(a.values) + place, a.head_size, 0},
+    const Place<T> place = place_of<T>(a, run.blocks[key / kCacheBlock], key_head);
+    attend_late({{place.keys, kCacheBlock, 0},
+                 {place.values, a.head_size, 0},
                  static_cast<int>(smaller(kCacheBlock, run.count - key)),
                  run.position + key,
                  begin,
@@ -319,7 +346,7 @@ void attend_run(LateAttend<T>& attend_late, const RowTile& tile, int begin, int 
 }
 
 template <class T>
-void decode(const TaskRows& rows) {
+void decode(const TaskRows& rows, const Place<T>& next) {
   const DecodeAttentionForward& a = rows.a;
   const int32_t key_head = rows.task.key_head, prompt = a.group[rows.task.first];
   const int64_t prompt_length = a.prefix_lengths[prompt];
@@ -333,7 +360,7 @@ void decode(const TaskRows& rows) {
                {a.tail_blocks + sequence * a.tail_stride, a.tail_lengths[sequence], prompt_length},
                a, key_head);
   });
-  attend_late.finish();
+  attend_late.finish(next);
   rows.write<T>(tile);
 }
 
@@ -342,7 +369,7 @@ void forward(const DecodeAttentionForward& a, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     const int64_t rows = a.tasks[i].sequences * (a.heads / a.key_heads);
     for (int64_t first = 0; first < rows; first += kRows) {
-      decode<T>({a, a.tasks[i], first, smaller(kRows, rows - first)});
+      decode<T>({a, a.tasks[i], first, smaller(kRows, rows - first)}, first_place<T>(a, i + 1));
     }
   }
 }

@@ -167,6 +167,7 @@ struct Decoder::Pass {
         b.lengths,
         {b.attended, queries, shape.head_size},
         decoder.tasks_.data(),
+        static_cast<int64_t>(decoder.tasks_.size()),
         shape.heads,
         shape.key_heads,
         shape.head_size,

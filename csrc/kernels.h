@@ -284,6 +284,7 @@ struct DecodeAttentionForward {
   const int32_t* tail_lengths;    // [B], the new token included
   OutHeadRows out;                // [B, H, D]
   const DecodeTask* tasks;
+  int64_t task_count;  // what follows a task is asked for ahead
   int64_t heads, key_heads, head_size;
   float scale;
   int64_t window;  // 0: none

@@ -20,5 +20,11 @@ PYBIND11_MODULE(_C, module) {
              "Whether this processor multiplies bf16 faster than fp32.");
   module.def("keep_memory", &fastllm::keep_memory,
              "Keep freed memory for the next allocations; whether the C library can.");
+  module.def(
+      "prefer_large_pages",
+      [](uintptr_t memory, size_t bytes) {
+        fastllm::prefer_large_pages(reinterpret_cast<void*>(memory), bytes);
+      },
+      "Ask for large pages for fresh memory at an address.");
   fastllm::bind_decoder(module);
 }

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..ops import cpp
 from ..ops.decode_attention import BLOCK
 
 
@@ -58,10 +59,12 @@ class BlockCache:
         """Counts the reallocations: who keeps an address must look at it again."""
         self.most_used = 0
         """Blocks in use at a time, at most, so far."""
-        # A stack: what was given back last is still in the processor's caches. Blocks that nobody
-        # has had lie at the bottom, the lowest on top.
+        # A stack with the lowest block on top, so that an owner's blocks are neighbours where they
+        # can be: a processor fetches ahead along memory. Blocks that nobody has had lie at the
+        # bottom.
         self._free = np.empty(0, np.int32)
         self._num_free = self._untouched = 0
+        self._in_order = True
 
     @property
     def capacity(self) -> int:
@@ -81,6 +84,10 @@ class BlockCache:
     def take(self, count: int) -> np.ndarray:
         """Blocks for a new owner [count], int32; there must be that many."""
         assert count <= self._num_free, f"{count} blocks wanted, {self._num_free} free"
+        if not self._in_order:
+            used_before = self._free[self._untouched : self._num_free]
+            used_before[:] = np.sort(used_before)[::-1]
+            self._in_order = True
         self._num_free -= count
         self._untouched = min(self._untouched, self._num_free)
         self.most_used = max(self.most_used, self.used_blocks)
@@ -90,6 +97,7 @@ class BlockCache:
         """Blocks whose owner has ended."""
         self._free[self._num_free : self._num_free + len(blocks)] = blocks[::-1]
         self._num_free += len(blocks)
+        self._in_order = False
 
     def grow(self, capacity: int) -> None:
         """Make the pool at least `capacity` blocks, and never more than the budget."""
@@ -101,6 +109,7 @@ class BlockCache:
         for tensors in (self.keys, self.values):
             for layer, old in enumerate(tensors):
                 tensors[layer] = old.new_empty(capacity, *old.shape[1:])
+                cpp.prefer_large_pages(tensors[layer])
                 tensors[layer][:touched] = old[:touched]
         fresh = np.arange(capacity - 1, before - 1, -1, dtype=np.int32)
         taken = np.empty(before - self._num_free, np.int32)

@@ -96,7 +96,7 @@ class NativeStep:
         self._dtype = compute_dtype(model)
         self._packing = torch.int8 if weights == "int8" else self._dtype
         self._kept: list[Tensor] = []
-        self._products: list[tuple[Linear, Callable[[Tensor], Tensor]]] = []
+        self._products: list[tuple[Linear, functools.partial[Tensor]]] = []
         self._squares = np.zeros(2)
         self._decoder = self._make(model)
         self._bound: tuple[Any, ...] = ()

@@ -58,6 +58,12 @@ def decoder_class() -> Any:
     return _loaded().Decoder
 
 
+def prefer_large_pages(tensor: Tensor) -> None:
+    """Ask for large pages for a fresh tensor on the CPU (csrc/memory.h); advice, no more."""
+    if available() and tensor.device.type == "cpu":
+        _loaded().prefer_large_pages(tensor.data_ptr(), tensor.nbytes)
+
+
 def keep_memory() -> bool:
     """Let this process keep the memory that it frees (csrc/memory.h); whether that was possible."""
     return available() and bool(_loaded().keep_memory())
