@@ -1,6 +1,6 @@
 # make demo    train on the built-in tasks, SFT -> reward model -> GRPO, and print what came of it
 # make test    everything that must hold: lint, types, the C++ build, all tests, one short run
-# make bench   time everything against its peers (bench-quick: in three minutes)
+# make bench   time everything against its peers (bench-quick: in a few minutes)
 #
 # All do all their set-up, and little when it is done already. Variables:
 #   PYTHON   the interpreter of the virtual environment (default python3, 3.10 or newer)
