@@ -17,7 +17,7 @@ class Options:
 
     sections: tuple[str, ...] = SECTIONS
     quick: bool = False
-    """Small cases and few rounds: the whole suite in three minutes on two cores."""
+    """Small cases and few rounds: the whole suite in a few minutes on two cores."""
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     device: str = "cpu"
     threads: int = 1
@@ -55,7 +55,7 @@ def parse(argv: Sequence[str], prog: str = "python -m bench") -> argparse.Namesp
     parser.add_argument(
         "sections", nargs="*", metavar="SECTION", help=f"{', '.join(SECTIONS)} (default: all)"
     )
-    parser.add_argument("--quick", action="store_true", help="small cases, three minutes in all")
+    parser.add_argument("--quick", action="store_true", help="small cases, a few minutes in all")
     parser.add_argument("--only", default="", metavar="TEXT", help="only names that contain TEXT")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES[:2])
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
