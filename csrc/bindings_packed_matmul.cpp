@@ -3,7 +3,6 @@
 #include "bindings.h"
 #include "memory.h"
 #include "packing.h"
-#include "processor.h"
 
 namespace fastllm {
 namespace {
@@ -61,9 +60,6 @@ Tensor packed_matmul(Tensor x, Tensor panels, Tensor scales, int64_t packing, in
   if (bias) check.tensor("bias", *bias, ScalarType::Float, {columns});
   const ScalarType dtype = wide ? ScalarType::Float : x.scalar_type();
   Tensor out = empty(x, dtype, {rows, columns});
-  const PackedMatmulKernels& kernel = kernels().packed_matmul;
-  const bool pairs = kernel.pairs && fast_bf16_pairs() && format == kBFloat16 &&
-                     packing == kPackedBFloat16;
   const PackedProduct arguments = {
       &m,
       in.data,
@@ -76,8 +72,8 @@ Tensor packed_matmul(Tensor x, Tensor panels, Tensor scales, int64_t packing, in
       columns,
   };
   if (rows > 0) {
-    parallel(pairs ? kernel.pairs : kernel.product[packing], arguments, packed_panels(columns),
-             m.panel_bytes);
+    parallel(packed_product(kernels().packed_matmul, m.packing, format), arguments,
+             packed_panels(columns), m.panel_bytes);
   }
   return out;
 }

@@ -1,14 +1,12 @@
 #include "decoder.h"
 
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cstring>
 
 #include "decode_tasks.h"
 #include "dispatch.h"
-#include "processor.h"
+#include "packing.h"
 #include "team.h"
 
 namespace fastllm {
@@ -106,9 +104,6 @@ struct Decoder::Pass {
   void multiply(const PackedMatrix& m, const float* bias, const void* in, int64_t in_stride,
                 int64_t first_row, int64_t count, void* out, Format out_format, int64_t begin,
                 int64_t end) const {
-    static const bool fast = fast_bf16_pairs();
-    const bool pairs = fast && m.packing == kPackedBFloat16 && shape.format == kBFloat16 &&
-                       kernel.packed_matmul.pairs;
     const PackedProduct product = {
         &m,
         static_cast<const char*>(in) + first_row * in_stride * size(),
@@ -120,8 +115,7 @@ struct Decoder::Pass {
         out_format,
         m.columns,
     };
-    const auto run = pairs ? kernel.packed_matmul.pairs : kernel.packed_matmul.product[m.packing];
-    run(product, begin, end);
+    packed_product(kernel.packed_matmul, m.packing, shape.format)(product, begin, end);
   }
 
   // This member's panels of some projections of the same rows, as if they were one matrix.
@@ -145,9 +139,7 @@ struct Decoder::Pass {
     me.meet();
   }
 
-  static int64_t panels(const PackedMatrix& m) {
-    return (m.columns + kPackedPanel - 1) / kPackedPanel;
-  }
+  static int64_t panels(const PackedMatrix& m) { return packed_panels(m.columns); }
 
   // ---- Attention ----------------------------------------------------------------------------
 

@@ -62,14 +62,8 @@ struct WidePairs {
 
 #if defined(__AVX512BF16__)
 // The same multiplied in pairs; x is in pairs too.
-struct DotPairs {
-  static constexpr int kNumbers = 1;
-  static constexpr int64_t kBytes = kPackedPanel * sizeof(float);
-  Vec w[kVectors];
-
-  FASTLLM_INLINE explicit DotPairs(const char* from) {
-    for (int v = 0; v < kVectors; ++v) w[v] = load(reinterpret_cast<const float*>(from) + v * kLanes);
-  }
+struct DotPairs : Floats {
+  using Floats::Floats;
   FASTLLM_INLINE Vec add(Vec sum, const float* x, int v) const {
     return bit_cast<Vec>(_mm512_dpbf16_ps(bit_cast<__m512>(sum), bit_cast<__m512bh>(broadcast(*x)),
                                           bit_cast<__m512bh>(w[v])));

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "processor.h"
 
 namespace fastllm {
 
@@ -22,6 +23,14 @@ inline PackedMatrix packed_matrix(Packing packing, int64_t columns, int64_t dept
           depth,   words,
           block,   (words + block - 1) / block,
           words * kPackedPanel * word_bytes};
+}
+
+// The product of rows of a format with a matrix: bf16 in pairs where the processor is fast at it.
+inline Kernel<PackedProduct> packed_product(const PackedMatmulKernels& kernels, Packing packing,
+                                            Format rows) {
+  static const bool fast = fast_bf16_pairs();
+  const bool pairs = fast && kernels.pairs && packing == kPackedBFloat16 && rows == kBFloat16;
+  return pairs ? kernels.pairs : kernels.product[packing];
 }
 
 }  // namespace fastllm

@@ -113,7 +113,8 @@ class NativeStep:
 
     @property
     def weight_error(self) -> float:
-        """What 8 bits changed: the norm of the difference over the norm of the matrices."""
+        """What 8 bits changed: the norm of the difference over the norm of the matrices, both over
+        the first 64 inputs of each."""
         difference, whole = self._squares
         return float((difference / whole) ** 0.5) if whole else 0.0
 
@@ -250,7 +251,7 @@ class NativeStep:
         return lambda hidden: wide_matmul(hidden, weight.t())
 
     def _measure(self, weight: Tensor, panels: Tensor, scales: Tensor) -> None:
-        """Add up what packing a matrix changed, over a part of its rows."""
+        """Add up what packing a matrix changed, over its first inputs: all would cost seconds."""
         some = torch.eye(min(64, weight.shape[1]), weight.shape[1])
         packed = _PACKED.product(some, panels, scales, _PACKED.INT8, weight.shape[0])
         exact = weight[:, : some.shape[0]].t().float()

@@ -48,10 +48,6 @@ class Scheduler:
         self._joined = 0
         self._demand = self._longest_tail = self._longest_prompt = 0
 
-    @property
-    def num_waiting(self) -> int:
-        return len(self._waiting)
-
     # -- requests ------------------------------------------------------------------------------
 
     def add(self, request: Request, keys: list[int]) -> None:

@@ -172,7 +172,7 @@ class EarlyScores:
     def _named(self, index: int, rollout: Rollout) -> Scores:
         try:
             return self._scorer.score(rollout, [index])
-        except Exception as error:
+        except Exception as error:  # a user's function, in a thread: say which one it was
             raise RuntimeError(
                 f"reward function {self._scorer.rewards.names[index]} failed on a batch of "
                 f"{len(rollout.completions)} completions: {type(error).__name__}: {error}"
