@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import secrets
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import allocator
-from .options import SECTIONS, Options, parse
+from .options import Options, parse, sections_of
 
 if TYPE_CHECKING:
     from .records import Record
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .records import OURS, Document
 
     facts = machine.describe(options)
-    print(machine.line(facts))
+    print(machine.line(facts), flush=True)
     document = Document(facts)
     try:
         for record in table.as_they_come(_records(options)):
@@ -44,11 +45,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         for path, write in _outputs(options, facts):
             write(document, path)
             print(f"wrote {path}")
+        if options.device == "cuda":
+            from .cuda import summary
+
+            print(summary.text(document.records), flush=True)
     ours = [record for record in document.records if record.contender == OURS]
-    return int(any(record.note.startswith("WRONG") for record in ours))
+    return int(any(record.note.startswith(("WRONG", "ERROR")) for record in ours))
 
 
 def _records(options: Options) -> Iterator[Record]:
+    if options.device == "cuda":
+        from .cuda import setting, supervisor
+
+        setting.prepare()
+        yield from supervisor.run(options)
+        return
     from .sections import sections
 
     for run in sections(options.sections):
@@ -60,14 +71,25 @@ def _options(given: Any) -> Options:
 
     if given.threads:
         torch.set_num_threads(given.threads)
+    device = given.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        sys.exit("bench: --device cuda, but PyTorch finds no CUDA or ROCm device here")
+    known = sections_of(device)
+    unknown = sorted(set(given.sections) - set(known))
+    if unknown:
+        sys.exit(f"bench: no section {', '.join(unknown)} on {device}: expected {', '.join(known)}")
+    seed = secrets.randbits(31) if given.seed is None else given.seed
     fields = vars(given) | {
-        "sections": tuple(given.sections) or SECTIONS,
+        "sections": tuple(name for name in known if name in given.sections or not given.sections),
+        "device": device,
+        "seed": seed,
+        "scale": "quick" if given.quick else "full",
         "dtypes": tuple(given.dtypes),
         "threads": torch.get_num_threads(),
         "compile": not given.quick if given.compile is None else given.compile,
     }
-    if given.device == "auto":
-        fields["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     options = Options(**fields)
     # Worker processes and the libraries in them read the number of threads here.
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(options.threads)

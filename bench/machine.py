@@ -59,6 +59,22 @@ def describe(options: Options) -> dict[str, Any]:
         "peers": environment.versions(peers) if (peers := environment.python()) else None,
         "commit": commit(),
         "quick": options.quick,
+        **(_gpu(options) if gpu else {}),
+    }
+
+
+def _gpu(options: Options) -> dict[str, Any]:
+    """What a GPU and its peers add."""
+    properties = torch.cuda.get_device_properties(0)
+    peers = ("liger-kernel", "trl", "flash-attn", "quack-kernels")
+    return {
+        "seed": options.seed,
+        "gpu_memory_gb": round(properties.total_memory / 1e9, 1),
+        "multiprocessors": properties.multi_processor_count,
+        "capability": f"{properties.major}.{properties.minor}",
+        "cuda": torch.version.cuda or torch.version.hip,
+        "cudnn": torch.backends.cudnn.version(),
+        "gpu_peers": {name: _version(name) for name in peers},
     }
 
 
@@ -73,6 +89,10 @@ def line(facts: dict[str, Any]) -> str:
         f"allocator {facts['allocator']}",
         commit[:10] + "+" * commit.endswith("+"),
     ]
+    if "seed" in facts:
+        absent = [name for name, version in facts["gpu_peers"].items() if version is None]
+        shown += [f"triton {facts['versions']['triton']}", f"seed {facts['seed']}"]
+        shown += [f"not installed: {', '.join(absent)}"] if absent else []
     return " | ".join(shown)
 
 

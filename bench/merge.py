@@ -12,6 +12,7 @@ from .records import Document, Record
 
 # What may differ between the parts, and is listed; all else must be the same machine's.
 LISTED = ("commit", "quick", "variables")
+OF_GPUS = ("seed",)
 
 
 def main(paths: list[str], folder: Path) -> int:
@@ -40,7 +41,7 @@ def merge(parts: Sequence[Document], names: Sequence[str]) -> Document:
     facts = dict(parts[0].machine)
     work: dict[tuple[Any, ...], list[Record]] = {}
     for part, name in zip(parts, names, strict=True):
-        for key in sorted(part.machine.keys() - set(LISTED)):
+        for key in sorted(part.machine.keys() - {*LISTED, *OF_GPUS}):
             try:
                 facts[key] = _agreed(facts.get(key), part.machine[key])
             except ValueError as error:
@@ -50,7 +51,7 @@ def merge(parts: Sequence[Document], names: Sequence[str]) -> Document:
         for record in part.records:
             renewed.setdefault((*record.group, record.axis, record.x), []).append(record)
         work |= renewed
-    for key in LISTED:
+    for key in (*LISTED, *(key for key in OF_GPUS if key in facts)):
         facts[key] = _listed([part.machine.get(key) for part in parts])
     return Document(facts, [record for records in work.values() for record in records])
 

@@ -8,6 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SECTIONS = ("roofline", "ops", "growth", "threads", "steps", "scoring", "generate")
+CUDA_SECTIONS = (
+    "check",
+    "ceilings",
+    "ops",
+    "attention",
+    "head",
+    "optimizer",
+    "steps",
+    "decode",
+)
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -28,6 +38,12 @@ class Options:
     """Leave out what does not have this in its name."""
     malloc: str = "tuned"
     """"tuned": freed memory is kept, for all contenders; "default": glibc's own thresholds."""
+    seed: int | None = None
+    """Of the inputs on a GPU; None draws one, which is printed and kept."""
+    minutes: float | None = None
+    """For all sections on a GPU together; None: a little under nine."""
+    scale: str = "full"
+    """Of the cases on a GPU: full, quick or tiny (which is for tests)."""
     data: Path | None = None
     """Folder of real data; None: $FASTLLM_DATA or ../shared/data."""
     save: bool = False
@@ -53,12 +69,19 @@ def parse(argv: Sequence[str], prog: str = "python -m bench") -> argparse.Namesp
         f"{prog} merge A.json B.json ... keeps sections that were run one by one as one result.",
     )
     parser.add_argument(
-        "sections", nargs="*", metavar="SECTION", help=f"{', '.join(SECTIONS)} (default: all)"
+        "sections",
+        nargs="*",
+        metavar="SECTION",
+        help=f"{', '.join(SECTIONS)}; with --device cuda {', '.join(CUDA_SECTIONS)} (default: all)",
     )
     parser.add_argument("--quick", action="store_true", help="small cases, a few minutes in all")
     parser.add_argument("--only", default="", metavar="TEXT", help="only names that contain TEXT")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES[:2])
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--seed", type=int, help="of the inputs on a GPU (default: a new one)")
+    parser.add_argument(
+        "--minutes", type=float, help="for all sections on a GPU (default: a little under 9)"
+    )
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     parser.add_argument(
         "--compile",
@@ -82,7 +105,13 @@ def parse(argv: Sequence[str], prog: str = "python -m bench") -> argparse.Namesp
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with charts")
     options = parser.parse_args(argv)
     if options.sections[:1] not in (["compare"], ["merge"]):
-        unknown = sorted(set(options.sections) - set(SECTIONS))
+        known = sections_of(options.device)
+        unknown = sorted(set(options.sections) - set(known))
         if unknown:
-            parser.error(f"unknown section {', '.join(unknown)}: expected {', '.join(SECTIONS)}")
+            parser.error(f"unknown section {', '.join(unknown)}: expected {', '.join(known)}")
     return options
+
+
+def sections_of(device: str) -> tuple[str, ...]:
+    """The sections there are on a device; "auto" may turn out to be either."""
+    return {"cpu": SECTIONS, "cuda": CUDA_SECTIONS}.get(device, (*SECTIONS, *CUDA_SECTIONS))

@@ -57,6 +57,10 @@ class Record:
     expected: float | None = None
     """Seconds that the arithmetic alone predicts from the first point of the curve."""
     note: str = ""
+    goal: str = ""
+    """What this is to reach; "" where nothing was set."""
+    met: bool | None = None
+    """Whether it is reached; None: no goal, or no figure to hold against it."""
 
     @property
     def seconds(self) -> float | None:

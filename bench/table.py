@@ -75,6 +75,9 @@ def _line(record: Record, ours: Record | None) -> str:
         cells.append(f"peak {amount(record.peak_bytes, 'B')}")
     if record.expected:
         cells.append(f"{record.seconds / record.expected:.2f} of the arithmetic's growth")
+    if record.goal:
+        verdict = {True: "met", False: "NOT MET", None: "not known"}[record.met]
+        cells.append(f"goal {record.goal}: {verdict}")
     if record.note:
         cells.append(f"({record.note})")
     return " ".join(cells).rstrip()

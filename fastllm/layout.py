@@ -10,15 +10,38 @@ has no prefixes. Loss and gradients are those of the padded, unshared batch, up 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import itertools
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 NO_PREFIX = -1
+
+Build = Callable[["OnHost"], tuple[np.ndarray, ...]]
+
+
+class OnHost(NamedTuple):
+    """A layout in numpy, which the kernels' schedules are built from; all arrays are int64.
+
+    starts: first packed row of each segment, and T [S + 1].
+    prefix: index of the segment that each segment continues, or -1 [S].
+    query_rows: packed rows that have a query, ascending [N].
+    query_starts: where each segment's queries begin, and N [S + 1].
+    every_row: whether every row has a query.
+    fixed_shapes: whether shapes must follow from T, S and N alone (see `PackedLayout.bucketed`).
+    """
+
+    starts: np.ndarray
+    prefix: np.ndarray
+    query_rows: np.ndarray
+    query_starts: np.ndarray
+    every_row: bool
+    fixed_shapes: bool
 
 
 class PackedLayout:
@@ -47,6 +70,11 @@ class PackedLayout:
         self.total_tokens = sum(self.lengths)
         self.num_segments = len(self.lengths)
         self._rows: Tensor | None = None
+        self._remembered: tuple[Tensor, PackedLayout] | None = None
+        self._fixed_shapes = False
+        self._schedules: dict[str, tuple[Tensor, ...]] = {}
+        # What kernels keep with a layout, by keys of their own.
+        self.kept: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 
     def __repr__(self) -> str:
         shared = sum(p != NO_PREFIX for p in self.prefix_of)
@@ -60,37 +88,43 @@ class PackedLayout:
     @cached_property
     def offsets(self) -> list[int]:
         """Host copy of ``starts``: the first packed row of each segment, and T [S + 1]."""
-        return _running_sum(self.lengths)
+        return self._offsets.tolist()
+
+    @cached_property
+    def _offsets(self) -> np.ndarray:
+        return _running_sum(np.asarray(self.lengths, dtype=np.int64))
 
     @cached_property
     def starts(self) -> Tensor:
         """First packed row of each segment, and T at the end [S + 1]."""
-        return self._tensor(self.offsets)
+        return self._tensor(self._offsets)
 
     @cached_property
     def prefix(self) -> Tensor:
         """Index of the segment that each segment continues, or -1 [S]."""
-        return self._tensor(self.prefix_of)
+        return self._tensor(np.asarray(self.prefix_of))
 
     @cached_property
     def segments(self) -> Tensor:
         """Segment of each packed row [T]."""
-        return self._per_row(range(self.num_segments))
+        return self._per_row(np.arange(self.num_segments))
 
     @cached_property
     def positions(self) -> Tensor:
         """Sequence position of each packed row, counted from the start of its prefix [T]."""
         rows = np.arange(self.total_tokens, dtype=np.int32)
-        first = [self.prefix_length(s) - self.offsets[s] for s in range(self.num_segments)]
-        return self._per_row(first, rows)
+        return self._per_row(self._prefix_lengths - self._offsets[:-1], rows)
 
     @cached_property
     def max_position(self) -> int:
         """Largest sequence position plus one: how long the longest sequence is."""
-        return max(
-            (self.prefix_length(s) + n for s, n in enumerate(self.lengths)),
-            default=0,
-        )
+        return int((self._prefix_lengths + np.diff(self._offsets)).max(initial=0))
+
+    @cached_property
+    def _prefix_lengths(self) -> np.ndarray:
+        prefix = np.asarray(self.prefix_of, dtype=np.int64)
+        lengths = np.append(np.diff(self._offsets), 0)  # the last one, for -1: no prefix
+        return lengths[prefix]
 
     def prefix_length(self, segment: int) -> int:
         """Tokens that come before `segment` in its sequence."""
@@ -100,22 +134,19 @@ class PackedLayout:
     # -- children: which segments continue a segment -------------------------------------------
 
     @cached_property
-    def _children_lists(self) -> list[list[int]]:
-        children: list[list[int]] = [[] for _ in self.lengths]
-        for segment, prefix in enumerate(self.prefix_of):
-            if prefix != NO_PREFIX:
-                children[prefix].append(segment)
-        return children
-
-    @cached_property
     def children_starts(self) -> Tensor:
         """Where each segment's list begins in `children`, and its length at the end [S + 1]."""
-        return self._tensor(_running_sum([len(c) for c in self._children_lists]))
+        prefix = np.asarray(self.prefix_of, dtype=np.int64)
+        counts = np.bincount(prefix[prefix != NO_PREFIX], minlength=self.num_segments)
+        return self._tensor(_running_sum(counts))
 
     @cached_property
     def children(self) -> Tensor:
         """Segments that continue each segment, one list after another [E]."""
-        return self._tensor([child for some in self._children_lists for child in some])
+        prefix = np.asarray(self.prefix_of, dtype=np.int64)
+        by_parent = np.argsort(prefix, kind="stable")
+        children = by_parent[np.count_nonzero(prefix == NO_PREFIX) :]
+        return self._tensor(children)
 
     # -- queries: which rows ask ---------------------------------------------------------------
 
@@ -131,6 +162,8 @@ class PackedLayout:
         Raises:
             ValueError: rows out of range or not strictly ascending.
         """
+        if self._remembered is not None and self._remembered[0] is rows:
+            return self._remembered[1]
         chosen = torch.as_tensor(rows, dtype=torch.int32).cpu()
         if chosen.numel() and not (
             int(chosen[0]) >= 0
@@ -142,11 +175,19 @@ class PackedLayout:
                 f"found {chosen.tolist()[:8]}..."
             )
         selected = copy.copy(self)
-        for name in ("query_rows", "query_starts", "_query_offsets"):
+        for name in (*_OF_QUERIES, "host", "ticket"):
             selected.__dict__.pop(name, None)
-        selected.__dict__.pop("_tiles", None)
+        selected._schedules, selected.kept, selected._remembered = {}, {}, None
         selected._rows = chosen
         return selected
+
+    def remember(self, rows: Tensor, selected: PackedLayout) -> None:
+        """From now on `select`, given this very tensor, returns `selected`.
+
+        The selection and its schedules can be made ahead of time, on the host; `rows` may then be
+        on the device, where reading them would wait for it.
+        """
+        self._remembered = (rows, selected)
 
     @property
     def num_queries(self) -> int:
@@ -161,11 +202,15 @@ class PackedLayout:
         return self._rows.to(self.device)
 
     @cached_property
-    def _query_offsets(self) -> list[int]:
+    def _query_offsets(self) -> np.ndarray:
         if self._rows is None:
-            return self.offsets
-        bounds = torch.tensor(self.offsets, dtype=torch.int32)
-        return torch.searchsorted(self._rows, bounds).tolist()
+            return self._offsets
+        return np.searchsorted(self._rows.numpy(), self._offsets)
+
+    @cached_property
+    def query_offsets(self) -> list[int]:
+        """Host copy of ``query_starts`` [S + 1]."""
+        return self._query_offsets.tolist()
 
     @cached_property
     def query_starts(self) -> Tensor:
@@ -174,56 +219,156 @@ class PackedLayout:
 
     # -- schedules: the work lists of the kernels ----------------------------------------------
 
-    def query_tiles(self, block: int) -> Tensor:
-        """Tiles of at most `block` queries of one segment: (segment, first query) [n, 2]."""
-        return self._tile("query", self._query_offsets, block)
+    @cached_property
+    def host(self) -> OnHost:
+        """The layout as the builders of schedules take it."""
+        if self._rows is None:
+            rows, every = np.arange(self.total_tokens), True
+        else:
+            rows, every = self._rows.numpy().astype(np.int64), False
+        prefix = np.asarray(self.prefix_of, dtype=np.int64)
+        return OnHost(self._offsets, prefix, rows, self._query_offsets, every, self._fixed_shapes)
 
-    def key_tiles(self, block: int) -> Tensor:
-        """Tiles of at most `block` rows of one segment: (segment, first packed row) [n, 2]."""
-        return self._tile("key", self.offsets, block)
+    def schedule(self, name: str, build: Build) -> tuple[Tensor, ...]:
+        """The int32 tables that `build` makes of this layout, made once.
+
+        Args:
+            name: of the schedule, with all that it depends on besides the layout.
+            build: makes the tables from `host`.
+        """
+        found = self._schedules.get(name)
+        if found is None:
+            found = tuple(self._tensor(table) for table in build(self.host))
+            self._schedules[name] = found
+        return found
+
+    def tables(self) -> dict[str, Tensor]:
+        """All tensors of this layout that exist so far, by name."""
+        own = {name: self.__dict__[name] for name in _TENSORS if name in self.__dict__}
+        for name, tables in self._schedules.items():
+            own |= {f"{name} {place}": table for place, table in enumerate(tables)}
+        return own
+
+    def placed(self, device: torch.device | str, tables: Mapping[str, Tensor]) -> PackedLayout:
+        """The same layout on `device`, with tensors that are there already.
+
+        Args:
+            tables: copies of what `tables` returned. What is not among them is made when asked for.
+        """
+        placed = copy.copy(self)
+        for name in (*_TENSORS, "ticket"):
+            placed.__dict__.pop(name, None)
+        placed.device = torch.device(device)
+        placed._schedules, placed.kept, placed._remembered = {}, {}, None
+        for name, tensor in tables.items():
+            if name in _TENSORS:
+                placed.__dict__[name] = tensor
+        for name, made in self._schedules.items():
+            moved = [tables.get(f"{name} {place}") for place in range(len(made))]
+            if all(table is not None for table in moved):
+                placed._schedules[name] = tuple(table for table in moved if table is not None)
+        return placed
 
     @cached_property
-    def _tiles(self) -> dict[tuple[str, int], Tensor]:
-        return {}
+    def ticket(self) -> Tensor:
+        """A number, on the CPU, that stands for this layout where only tensors may pass [1]."""
+        number = next(_numbers)
+        _by_number[number] = self
+        return torch.tensor([number])
 
-    def _tile(self, kind: str, offsets: list[int], block: int) -> Tensor:
-        if (kind, block) not in self._tiles:
-            tiles = [
-                (segment, first)
-                for segment, (begin, end) in enumerate(pairwise(offsets))
-                for first in range(begin, end, block)
-            ]
-            table = torch.tensor(tiles, dtype=torch.int32).view(-1, 2)
-            self._tiles[kind, block] = table.to(self.device, non_blocking=True)
-        return self._tiles[kind, block]
+    @staticmethod
+    def of_ticket(ticket: Tensor) -> PackedLayout:
+        """The layout that a ticket stands for, as long as someone keeps it."""
+        return _by_number[int(ticket)]
+
+    # -- buckets: batches of different lengths, tables of equal shapes ---------------------------
+
+    def bucketed(
+        self, total_tokens: int, num_segments: int, num_queries: int | None = None
+    ) -> PackedLayout:
+        """This layout, filled up so that the shapes of all tables follow from these numbers.
+
+        A graph of kernels that was recorded for one batch then runs the next one. The filling is
+        one more segment, which no other sees, and empty segments after it.
+
+        Args:
+            total_tokens: tokens to fill up to.
+            num_segments: segments to fill up to; one more than there are, at least.
+            num_queries: where rows are selected, queries to fill up to, with the last rows of the
+                filling segment. They must fit into it.
+
+        Raises:
+            ValueError: the layout does not fit, or the queries do not fit into the filling.
+        """
+        filling = total_tokens - self.total_tokens
+        empty = num_segments - self.num_segments - 1
+        if filling < 0 or empty < 0:
+            raise ValueError(
+                f"bucketed: {self.total_tokens} tokens in {self.num_segments} segments and a "
+                f"filling segment do not fit into {total_tokens} tokens in {num_segments}"
+            )
+        lengths = [*self.lengths, filling, *[0] * empty]
+        prefix = [*self.prefix_of, *[NO_PREFIX] * (empty + 1)]
+        filled = PackedLayout(lengths, prefix, self.device)
+        filled._fixed_shapes = True
+        if self._rows is None:
+            if num_queries not in (None, total_tokens):
+                raise ValueError(
+                    f"bucketed: every row has a query, {num_queries} queries in {total_tokens} rows"
+                )
+            return filled
+        missing = (self.num_queries if num_queries is None else num_queries) - self.num_queries
+        if not 0 <= missing <= filling:
+            raise ValueError(
+                f"bucketed: {missing} queries do not fit into {filling} filling tokens "
+                f"({self.num_queries} of {num_queries} are there)"
+            )
+        last = torch.arange(total_tokens - missing, total_tokens, dtype=torch.int32)
+        return filled.select(torch.cat((self._rows, last)))
 
     def to(self, device: torch.device | str) -> PackedLayout:
         """The same layout with its tensors on `device`."""
         if torch.device(device) == self.device:
             return self
         moved = PackedLayout(self.lengths, self.prefix_of, device)
-        moved._rows = self._rows
+        moved._rows, moved._fixed_shapes = self._rows, self._fixed_shapes
         return moved
 
-    def _per_row(self, values: Sequence[int], plus: int | np.ndarray = 0) -> Tensor:
+    def _per_row(self, values: np.ndarray, plus: int | np.ndarray = 0) -> Tensor:
         """A segment's value at each of its rows [T], plus what is given."""
-        lengths = np.asarray(self.lengths, dtype=np.int64)
-        of_rows = np.repeat(np.asarray(values, dtype=np.int32), lengths)
+        of_rows = np.repeat(values.astype(np.int32), np.diff(self._offsets))
         of_rows += plus
         return torch.from_numpy(of_rows).to(self.device, non_blocking=True)
 
-    def _tensor(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int32).to(self.device, non_blocking=True)
+    def _tensor(self, values: np.ndarray) -> Tensor:
+        table = np.ascontiguousarray(values, dtype=np.int32)
+        return torch.from_numpy(table).to(self.device, non_blocking=True)
+
+
+_OF_QUERIES = ("query_rows", "query_starts", "query_offsets", "_query_offsets")
+_numbers = itertools.count()
+_by_number: weakref.WeakValueDictionary[int, PackedLayout] = weakref.WeakValueDictionary()
+
+# The cached tensors of a layout.
+_TENSORS = (
+    "starts",
+    "prefix",
+    "segments",
+    "positions",
+    "children_starts",
+    "children",
+    "query_rows",
+    "query_starts",
+)
 
 
 def _integers(values: Sequence[int] | Tensor) -> list[int]:
     return values.tolist() if isinstance(values, Tensor) else [int(v) for v in values]
 
 
-def _running_sum(counts: list[int]) -> list[int]:
-    sums = [0]
-    for count in counts:
-        sums.append(sums[-1] + count)
+def _running_sum(counts: np.ndarray) -> np.ndarray:
+    sums = np.zeros(len(counts) + 1, dtype=np.int64)
+    np.cumsum(counts, out=sums[1:])
     return sums
 
 

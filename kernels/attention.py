@@ -1,35 +1,144 @@
 """Causal grouped-query attention on the packed, prefix-shared layout (FlashAttention-2, Dao 2023).
 
-A program owns one tile of queries (forward, dq) or of keys (dk, dv) of one segment, and walks over
-the spans of the other side (see `spans.py`): first over the blocks that are visible whole, then
-over those that need a mask. The gradient of a key is summed over query heads and segments in one
-program, in a fixed order: the backward pass needs no atomics and is deterministic.
+The kernels walk over blocks of keys (forward, gradient of queries) or of queries (gradients of keys
+and values), first over those that are visible whole, then over those that need a mask. Who works on
+what is decided once for a batch, on the host: see schedules.py. The backward pass sums in a fixed
+order, without atomics, and is deterministic.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch import on_tensor_device, schedule
-from .numerics import LN2, LOG2E, LOWEST, dot, dot_precision, narrow
-from .spans import (
-    first_span,
-    key_span,
-    load_positions,
-    nth_block,
-    query_span,
-    visible,
+from .attention_backward import (
+    attention_add_parts_kernel,
+    attention_dkdv_kernel,
+    attention_dq_kernel,
 )
-from .tiles import NO_WINDOW, head_block, load_rows, softmax_step, store_rows
-from .tilings import Tiling, dkdv_tiling, dq_tiling, forward_tiling
+from .attention_forward import attention_forward_kernel
+from .configs import config
+from .heads import head_parts
+from .launch import is_cuda, launch, on_tensor_device, target
+from .numerics import dot_precision
+from .schedules import key_schedule, query_bounds, query_schedule
+
+# Rows of any stride are read where they are, as long as a row's channels lie side by side.
+READS_STRIDES = True
+
+# Queries of a segment, on average, up to which tiles are made for few queries.
+FEW = 16
+# Rows from which bulk copies are worth what their descriptors cost the host.
+BULK_ROWS = 2048
+
+_TILES = {
+    "BLOCK_M": (64, 128),
+    "BLOCK_N": (32, 64, 128),
+    "num_warps": (4, 8),
+    "num_stages": (1, 2, 3),
+}
+_FEW_TILES = {"BLOCK_M": (16, 32), "BLOCK_N": (32, 64), "num_warps": (4,), "num_stages": (1, 2, 3)}
+TUNABLE = {
+    f"attention_{part}_{form}": _FEW_TILES if form == "few" else _TILES
+    for part in ("forward", "dq", "dkdv")
+    for form in ("plain", "bulk", "few")
+}
 
 
-@on_tensor_device
+def form_of(dtype: torch.dtype, head_dim: int, layout: Any) -> str:
+    """Which form of the kernels serves: "few" queries, "bulk" copies of tiles, or "plain" loads."""
+    if layout.num_queries <= FEW * layout.num_segments:
+        return "few"
+    if is_cuda(minimum_arch=90) and layout.total_tokens >= BULK_ROWS:
+        return "bulk" if dtype.itemsize == 2 and sum(head_parts(head_dim)) == head_dim else "plain"
+    return "plain"
+
+
+def prepare(
+    layout: Any,
+    dtype: torch.dtype,
+    heads: int,
+    key_heads: int,
+    head_dim: int,
+    window: int,
+    backward: bool,
+) -> tuple[str, list[Tensor], list[Tensor]]:
+    """Makes the tables of a layout that the kernels read, or finds them made.
+
+    Returns:
+        The form of the kernels, and the tables of the forward and of the backward pass.
+    """
+    wanted = "attention", dtype, heads, key_heads, head_dim, window, backward
+    plan, *found = layout.kept.get(wanted, (None,))
+    if plan is not None and plan is _plan(found[0], dtype, heads, key_heads, head_dim, target()):
+        return found[0], found[1], found[2]
+    form = form_of(dtype, head_dim, layout)
+    plan = _plan(form, dtype, heads, key_heads, head_dim, target())
+    (bounds,) = layout.schedule(
+        f"attention bounds {window}", lambda host: query_bounds(host, window)[:1]
+    )
+    ahead, back = [_query_tiles(layout, plan.forward, window), bounds], []
+    if backward:
+        blocks, group = _blocks(plan.dkdv), heads // key_heads
+        back = [_query_tiles(layout, plan.dq, window), bounds]
+        back += layout.schedule(
+            f"attention keys {blocks} {window} {group} {key_heads}",
+            lambda host: key_schedule(host, *blocks, window, group, key_heads),
+        )
+    layout.kept[wanted] = plan, form, ahead, back
+    return form, ahead, back
+
+
+class Plan(NamedTuple):
+    """Compile-time arguments of each kernel: of the model and the machine, never of the batch."""
+
+    forward: dict[str, Any]
+    dq: dict[str, Any]
+    dkdv: dict[str, Any]
+
+
+@functools.cache
+def _plan(
+    form: str, dtype: torch.dtype, heads: int, key_heads: int, head_dim: int, _target: Any
+) -> Plan:
+    block_d, extra = head_parts(head_dim)
+    plan = []
+    for part in Plan._fields:
+        tuned = config(f"attention_{part}_{form}", dtype, head_dim)
+        constants = {
+            "H": heads,
+            "K": key_heads,
+            "D": head_dim,
+            "BLOCK_D": block_d,
+            "EXTRA": extra,
+            "BLOCK_M": tuned["BLOCK_M"],
+            "BLOCK_N": tuned["BLOCK_N"],
+            "PRECISION": dot_precision(dtype),
+            "BULK": form == "bulk",
+            "num_warps": tuned["num_warps"],
+            "num_stages": tuned["num_stages"],
+        }
+        plan.append(constants)
+    return Plan(*plan)
+
+
+def _query_tiles(layout: Any, constants: dict[str, Any], window: int) -> Tensor:
+    blocks = _blocks(constants)
+    (tiles,) = layout.schedule(
+        f"attention queries {blocks} {window}", lambda host: query_schedule(host, *blocks, window)
+    )
+    return tiles
+
+
+def _blocks(constants: dict[str, Any]) -> tuple[int, int]:
+    return constants["BLOCK_M"], constants["BLOCK_N"]
+
+
 def forward(
     q: Tensor, k: Tensor, v: Tensor, layout: Any, scale: float, window: int
 ) -> tuple[Tensor, Tensor]:
@@ -43,30 +152,13 @@ def forward(
         window: a query at position p sees positions > p - window; 0 for all.
 
     Returns:
-        out [N, H, D], and the log-sum-exp of each query's scores [N, H], fp32, natural log.
+        out [N, H, D], and the log-sum-exp of each query's scores [H, N], fp32, natural log.
     """
-    queries, heads = q.shape[:2]
-    out = torch.empty_like(q)
-    lse = torch.empty((queries, heads), dtype=torch.float32, device=q.device)
-    tiling = forward_tiling(q, layout)
-    tiles = layout.query_tiles(tiling.queries)
-    if queries:
-        attention_forward_kernel[(tiles.shape[0], heads)](
-            q,
-            k,
-            v,
-            out,
-            lse,
-            tiles,
-            *_queries_of(layout),
-            scale,
-            window or NO_WINDOW,
-            **_constants(q, k, tiling),
-        )
-    return out, lse
+    sizes = q.shape[1], k.shape[1], q.shape[2]
+    form, tables, _ = prepare(layout, q.dtype, *sizes, window, backward=False)
+    return forward_tables(q, k, v, tables, scale, form)
 
 
-@on_tensor_device
 def backward(
     dout: Tensor,
     q: Tensor,
@@ -79,298 +171,142 @@ def backward(
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q [N, H, D], k and v [T, K, D]; a key that nobody sees gets exactly 0."""
-    queries, heads = q.shape[:2]
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    # rowsum(dout * out), which the kernel of dq leaves for the kernel of dk and dv.
-    delta = torch.empty_like(lse)
-    window = window or NO_WINDOW
-    tiling = dq_tiling(q, layout)
-    tiles = layout.query_tiles(tiling.queries)
+    sizes = q.shape[1], k.shape[1], q.shape[2]
+    form, _, tables = prepare(layout, q.dtype, *sizes, window, backward=True)
+    return backward_tables(dout, q, k, v, out, lse, tables, scale, form)
+
+
+@on_tensor_device
+def forward_tables(
+    q: Tensor, k: Tensor, v: Tensor, tables: list[Tensor], scale: float, form: str
+) -> tuple[Tensor, Tensor]:
+    """`forward` with the tables that `prepare` returned."""
+    queries, heads, head_dim = q.shape
+    out = torch.empty((queries, heads, head_dim), dtype=q.dtype, device=q.device)
+    lse = torch.empty((heads, queries), dtype=torch.float32, device=q.device)
+    tiles, bounds = tables
     if queries:
-        attention_dq_kernel[(tiles.shape[0], heads)](
-            q,
-            k,
-            v,
-            out,
-            lse,
-            dout,
-            delta,
-            dq,
-            tiles,
-            *_queries_of(layout),
-            scale,
-            window,
-            **_constants(q, k, tiling),
+        constants = _plan(form, q.dtype, heads, k.shape[1], head_dim, target()).forward
+        if constants["BULK"]:
+            k, v = _bulk_ready(k), _bulk_ready(v)
+        launch(
+            attention_forward_kernel,
+            (tiles.shape[0] * heads,),
+            *(q, k, v, out, lse),
+            *_descriptors(constants, constants["BLOCK_N"], k, v),
+            *(tiles, bounds, queries, scale),
+            *_strides(q, k, v),
+            **constants,
         )
-    tiling = dkdv_tiling(q)
-    tiles = layout.key_tiles(tiling.keys)
-    if k.numel():
-        attention_dkdv_kernel[(tiles.shape[0], k.shape[1])](
-            q,
-            k,
-            v,
-            lse,
-            dout,
-            delta,
-            dk,
-            dv,
-            tiles,
-            *_queries_of(layout),
-            layout.children_starts,
-            layout.children,
-            scale,
-            window,
-            **_constants(q, k, tiling),
+    return out, lse
+
+
+@on_tensor_device
+def backward_tables(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    tables: list[Tensor],
+    scale: float,
+    form: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`backward` with the tables that `prepare` returned."""
+    queries, heads, head_dim = q.shape
+    total, key_heads = k.shape[:2]
+    dq = torch.empty((queries, heads, head_dim), dtype=q.dtype, device=q.device)
+    dk = torch.empty((total, key_heads, head_dim), dtype=k.dtype, device=k.device)
+    dv = torch.empty_like(dk)
+    tiles, bounds, pieces, runs, divided, parts = tables
+    # For each head: the log-sum-exp, base 2, and rowsum(dout * out). Rows of whole 16 bytes.
+    sums_row = -(-queries // 4) * 4
+    sums = torch.empty((2 * heads, sums_row), dtype=torch.float32, device=q.device)
+    plan = _plan(form, q.dtype, heads, key_heads, head_dim, target())
+    if plan.dkdv["BULK"]:
+        q, k, v, dout = (_bulk_ready(t) for t in (q, k, v, dout))
+    if queries:
+        constants = plan.dq
+        launch(
+            attention_dq_kernel,
+            (tiles.shape[0] * heads,),
+            *(q, k, v, out, lse, dout, sums, dq),
+            *_descriptors(constants, constants["BLOCK_N"], k, v),
+            *(tiles, bounds, queries, sums_row, scale),
+            *_strides(q, k, v, dout),
+            **constants,
         )
+    if total:
+        constants = plan.dkdv
+        rows = constants["BLOCK_N"]
+        elements = 2 * parts.shape[0] * key_heads * rows * head_dim
+        partial = torch.empty(max(elements, 1), dtype=torch.float32, device=q.device)
+        block_m = constants["BLOCK_M"]
+        bulk = None
+        if constants["BULK"]:
+            shape, strides = [2 * heads, queries], [sums_row, 1]
+            bulk = TensorDescriptor(sums, shape, strides, [1, block_m])
+        launch(
+            attention_dkdv_kernel,
+            (pieces.shape[0] * key_heads,),
+            *(q, k, v, dout, sums, dk, dv, partial),
+            *_descriptors(constants, block_m, q, dout),
+            *(bulk, pieces, runs, bounds, queries, sums_row, parts.shape[0], scale),
+            *_strides(q, k, v, dout),
+            **constants,
+        )
+        _add_parts(dk, dv, partial, divided, parts, rows)
     return dq, dk, dv
 
 
-def _queries_of(layout: Any) -> tuple[Tensor, ...]:
-    return (
-        layout.starts,
-        layout.prefix,
-        layout.positions,
-        layout.query_rows,
-        layout.query_starts,
+def _add_parts(
+    dk: Tensor, dv: Tensor, partial: Tensor, divided: Tensor, parts: Tensor, tile_rows: int
+) -> None:
+    if not divided.shape[0]:
+        return
+    key_heads, head_dim = dk.shape[1:]
+    rows = min(16, tile_rows)
+    launch(
+        attention_add_parts_kernel,
+        (divided.shape[0] * key_heads * 2 * (tile_rows // rows),),
+        *(dk, dv, partial, divided, parts.shape[0]),
+        K=key_heads,
+        D=head_dim,
+        TILE_ROWS=tile_rows,
+        COLUMNS=triton.next_power_of_2(head_dim),
+        ROWS=rows,
+        num_warps=4,
+        num_stages=2,
     )
 
 
-def _constants(q: Tensor, k: Tensor, tiling: Tiling) -> dict[str, Any]:
-    """Compile-time arguments: of the model and the machine, never of the batch."""
-    return {
-        "H": q.shape[1],
-        "K": k.shape[1],
-        "D": q.shape[2],
-        "BLOCK_D": head_block(q.shape[2]),
-        "BLOCK_M": tiling.queries,
-        "BLOCK_N": tiling.keys,
-        "PRECISION": dot_precision(q.dtype),
-        **schedule(tiling.warps, tiling.stages),
-    }
+def _strides(*tensors: Tensor) -> tuple[int, ...]:
+    strides: tuple[int, ...] = ()
+    for tensor in tensors:
+        strides += tensor.stride()[:2]
+    return strides
 
 
-@triton.jit(do_not_specialize=["scale", "window"])
-def attention_forward_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    out_ptr,
-    lse_ptr,
-    tiles_ptr,
-    starts_ptr,
-    prefix_ptr,
-    positions_ptr,
-    query_rows_ptr,
-    query_starts_ptr,
-    scale,
-    window,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    # The last tiles of a segment see the most keys: they go first.
-    tile = tl.num_programs(0) - 1 - tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1).to(tl.int64)
-    segment = tl.load(tiles_ptr + 2 * tile)
-    first = tl.load(tiles_ptr + 2 * tile + 1).to(tl.int64)
-    count = tl.load(query_starts_ptr + segment + 1) - first
-    positions = load_positions(query_rows_ptr + first, positions_ptr, count, BLOCK_M)
-    oldest, newest = (
-        tl.load(positions_ptr + tl.load(query_rows_ptr + first)),
-        tl.max(positions),
-    )
+def _bulk_ready(x: Tensor) -> Tensor:
+    """x as bulk copies take it: heads side by side, rows 16 bytes apart or a multiple of it."""
+    row, head = x.stride()[:2]
+    one_row = head == x.shape[2] or x.shape[1] == 1
+    if one_row and row * x.element_size() % 16 == 0 and row >= x.shape[1] * x.shape[2]:
+        return x if x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+    return x.contiguous()
 
-    q = load_rows(q_ptr + (first * H + head) * D, count, H * D, BLOCK_M, D, BLOCK_D, True)
-    key_head = head // (H // K) * D
-    scale = tl.cast(scale, tl.float32) * LOG2E
-    out = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    top = tl.full((BLOCK_M,), LOWEST, tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    for own in range(first_span(segment, prefix_ptr), 2):
-        row, position, end, blocks, leading, whole = key_span(
-            own, segment, oldest, newest, window, starts_ptr, prefix_ptr, BLOCK_N
+
+def _descriptors(constants: dict[str, Any], rows: int, *tensors: Tensor) -> list[Any]:
+    """Descriptors of tiles of `rows` rows: the first parts of the heads, then the second parts."""
+    if not constants["BULK"]:
+        return [None] * (2 * len(tensors))
+    return [
+        TensorDescriptor(
+            x, [x.shape[0], x.shape[1] * x.shape[2]], [x.stride(0), 1], [rows, columns]
         )
-        for MASKED in tl.static_range(2):
-            for index in range(0, blocks - whole if MASKED else whole):
-                step = nth_block(index, leading, whole, MASKED) * BLOCK_N
-                offset, left = (row + step) * (K * D) + key_head, end - position - step
-                k = load_rows(k_ptr + offset, left, K * D, BLOCK_N, D, BLOCK_D, MASKED)
-                v = load_rows(v_ptr + offset, left, K * D, BLOCK_N, D, BLOCK_D, MASKED)
-                scores = dot(q, tl.trans(k), None, PRECISION)
-                if MASKED:
-                    key_positions = position + step + tl.arange(0, BLOCK_N)
-                    seen = visible(positions[:, None], key_positions[None, :], window)
-                    scores = tl.where(seen & (key_positions < end)[None, :], scores, float("-inf"))
-                out, top, total = softmax_step(scores, scale, v, out, top, total, PRECISION)
-
-    rows = tl.arange(0, BLOCK_M)
-    lse = (top + tl.log2(total)) * LN2
-    tl.store(lse_ptr + first * H + head + rows * H, lse, mask=rows < count)
-    out = out / total[:, None]
-    store_rows(out_ptr + (first * H + head) * D, out, count, H * D, BLOCK_M, D, BLOCK_D)
-
-
-@triton.jit(do_not_specialize=["scale", "window"])
-def attention_dq_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    out_ptr,
-    lse_ptr,
-    dout_ptr,
-    delta_ptr,
-    dq_ptr,
-    tiles_ptr,
-    starts_ptr,
-    prefix_ptr,
-    positions_ptr,
-    query_rows_ptr,
-    query_starts_ptr,
-    scale,
-    window,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    tile = tl.num_programs(0) - 1 - tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1).to(tl.int64)
-    segment = tl.load(tiles_ptr + 2 * tile)
-    first = tl.load(tiles_ptr + 2 * tile + 1).to(tl.int64)
-    count = tl.load(query_starts_ptr + segment + 1) - first
-    positions = load_positions(query_rows_ptr + first, positions_ptr, count, BLOCK_M)
-    oldest, newest = (
-        tl.load(positions_ptr + tl.load(query_rows_ptr + first)),
-        tl.max(positions),
-    )
-
-    rows = tl.arange(0, BLOCK_M)
-    row_offsets = first * H + head + rows * H
-    tile_offset = (first * H + head) * D
-    q = load_rows(q_ptr + tile_offset, count, H * D, BLOCK_M, D, BLOCK_D, True)
-    dout = load_rows(dout_ptr + tile_offset, count, H * D, BLOCK_M, D, BLOCK_D, True)
-    out = load_rows(out_ptr + tile_offset, count, H * D, BLOCK_M, D, BLOCK_D, True)
-    delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), axis=1)
-    tl.store(delta_ptr + row_offsets, delta, mask=rows < count)
-    lse = tl.load(lse_ptr + row_offsets, mask=rows < count, other=0.0) * LOG2E
-
-    key_head = head // (H // K) * D
-    scale = tl.cast(scale, tl.float32)
-    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for own in range(first_span(segment, prefix_ptr), 2):
-        row, position, end, blocks, leading, whole = key_span(
-            own, segment, oldest, newest, window, starts_ptr, prefix_ptr, BLOCK_N
-        )
-        for MASKED in tl.static_range(2):
-            for index in range(0, blocks - whole if MASKED else whole):
-                step = nth_block(index, leading, whole, MASKED) * BLOCK_N
-                offset, left = (row + step) * (K * D) + key_head, end - position - step
-                k = load_rows(k_ptr + offset, left, K * D, BLOCK_N, D, BLOCK_D, MASKED)
-                v = load_rows(v_ptr + offset, left, K * D, BLOCK_N, D, BLOCK_D, MASKED)
-                scores = dot(q, tl.trans(k), None, PRECISION) * (scale * LOG2E)
-                p = tl.exp2(scores - lse[:, None])
-                if MASKED:
-                    key_positions = position + step + tl.arange(0, BLOCK_N)
-                    seen = visible(positions[:, None], key_positions[None, :], window)
-                    p = tl.where(seen & (key_positions < end)[None, :], p, 0.0)
-                ds = p * (dot(dout, tl.trans(v), None, PRECISION) - delta[:, None])
-                dq = dot(narrow(ds, k.dtype), k, dq, PRECISION)
-    store_rows(dq_ptr + tile_offset, dq * scale, count, H * D, BLOCK_M, D, BLOCK_D)
-
-
-@triton.jit(do_not_specialize=["scale", "window"])
-def attention_dkdv_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    lse_ptr,
-    dout_ptr,
-    delta_ptr,
-    dk_ptr,
-    dv_ptr,
-    tiles_ptr,
-    starts_ptr,
-    prefix_ptr,
-    positions_ptr,
-    query_rows_ptr,
-    query_starts_ptr,
-    children_starts_ptr,
-    children_ptr,
-    scale,
-    window,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    tile = tl.program_id(0).to(tl.int64)
-    key_head = tl.program_id(1).to(tl.int64)
-    segment = tl.load(tiles_ptr + 2 * tile)
-    row = tl.load(tiles_ptr + 2 * tile + 1).to(tl.int64)
-    count = tl.minimum(tl.load(starts_ptr + segment + 1) - row, BLOCK_N).to(tl.int32)
-    oldest = tl.load(positions_ptr + row)
-    newest = oldest + count - 1
-
-    tile_offset = (row * K + key_head) * D
-    k = load_rows(k_ptr + tile_offset, count, K * D, BLOCK_N, D, BLOCK_D, True)
-    v = load_rows(v_ptr + tile_offset, count, K * D, BLOCK_N, D, BLOCK_D, True)
-    key_positions = oldest + tl.arange(0, BLOCK_N)
-    rows = tl.arange(0, BLOCK_M)
-    scale = tl.cast(scale, tl.float32)
-    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    own = tl.load(children_starts_ptr + segment) - 1
-    for edge in range(own, tl.load(children_starts_ptr + segment + 1)):
-        # The segment itself, then the segments that continue it.
-        source = tl.load(children_ptr + edge, mask=edge > own, other=0)
-        source = tl.where(edge > own, source, segment)
-        query, end, blocks, leading, whole = query_span(
-            source,
-            oldest,
-            newest,
-            window,
-            starts_ptr,
-            prefix_ptr,
-            query_rows_ptr,
-            query_starts_ptr,
-            BLOCK_M,
-        )
-        for member in range(0, H // K):
-            head = key_head * (H // K) + member
-            for MASKED in tl.static_range(2):
-                for index in range(0, blocks - whole if MASKED else whole):
-                    first = query + nth_block(index, leading, whole, MASKED) * BLOCK_M
-                    offset, left = first * H + head, end - first
-                    q = load_rows(q_ptr + offset * D, left, H * D, BLOCK_M, D, BLOCK_D, MASKED)
-                    dout = load_rows(
-                        dout_ptr + offset * D, left, H * D, BLOCK_M, D, BLOCK_D, MASKED
-                    )
-                    in_span = rows < left
-                    lse = tl.load(lse_ptr + offset + rows * H, mask=in_span, other=0.0) * LOG2E
-                    delta = tl.load(delta_ptr + offset + rows * H, mask=in_span, other=0.0)
-                    scores = dot(k, tl.trans(q), None, PRECISION) * (scale * LOG2E)
-                    p = tl.exp2(scores - lse[None, :])
-                    if MASKED:
-                        positions = load_positions(
-                            query_rows_ptr + first, positions_ptr, left, BLOCK_M
-                        )
-                        p = tl.where(
-                            visible(positions[None, :], key_positions[:, None], window),
-                            p,
-                            0.0,
-                        )
-                    dv = dot(narrow(p, dout.dtype), dout, dv, PRECISION)
-                    ds = p * (dot(v, tl.trans(dout), None, PRECISION) - delta[None, :])
-                    dk = dot(narrow(ds, q.dtype), q, dk, PRECISION)
-    store_rows(dk_ptr + tile_offset, dk * scale, count, K * D, BLOCK_N, D, BLOCK_D)
-    store_rows(dv_ptr + tile_offset, dv, count, K * D, BLOCK_N, D, BLOCK_D)
+        if columns
+        else None
+        for columns in (constants["BLOCK_D"], constants["EXTRA"])
+        for x in tensors
+    ]

@@ -38,5 +38,6 @@ def narrow(x, dtype: tl.constexpr):
     """fp32 numbers in `dtype`, rounded to nearest even."""
     if INTERPRETING and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
-        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        # Without the bits that are cut: denormal numbers, of which 0 would become one, are not.
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
     return x.to(dtype)

@@ -10,9 +10,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import num_warps, on_tensor_device, schedule
+from .configs import config
+from .launch import launch, on_tensor_device
 
-_BLOCK = 1024
+TUNABLE = {
+    "pairwise_loss_kernel": {
+        "BLOCK": (128, 256, 512, 1024, 4096),
+        "num_warps": (1, 4, 8, 32),
+        "num_stages": (1,),
+    }
+}
 
 
 @on_tensor_device
@@ -30,19 +37,18 @@ def forward(
     loss = torch.empty((), dtype=torch.float32, device=chosen.device)
     dchosen = torch.empty_like(chosen, dtype=torch.float32)
     drejected = torch.empty_like(dchosen)
-    pairs = chosen.numel()
-    block = min(_BLOCK, max(32, triton.next_power_of_2(pairs)))
-    pairwise_loss_kernel[(1,)](
+    launch(
+        pairwise_loss_kernel,
+        (1,),
         chosen,
         rejected,
         margin,
         loss,
         dchosen,
         drejected,
-        pairs,
+        chosen.numel(),
         centering,
-        BLOCK=block,
-        **schedule(num_warps(block, per_thread=4)),
+        **config("pairwise_loss_kernel", chosen.dtype, chosen.numel()),
     )
     return loss, dchosen, drejected
 
@@ -70,18 +76,24 @@ def pairwise_loss_kernel(
         if margin_ptr is not None:
             difference -= tl.load(margin_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
 
-        # softplus(-d) = max(-d, 0) + log(1 + exp(-|d|)) never overflows.
-        small = tl.exp(-tl.abs(difference))
-        total = chosen + rejected
-        loss = tl.maximum(-difference, 0.0) + log1p(small) + centering * total * total
+        loss, dchosen, drejected = pair_loss(chosen, rejected, difference, centering)
         losses += tl.where(mask, loss, 0.0)
-
-        # The loss falls by sigmoid(-d) for each unit of d.
-        slope = tl.where(difference >= 0, small, 1.0) / (1.0 + small)
-        pull = 2.0 * centering * total
-        tl.store(dchosen_ptr + offsets, (pull - slope) / num_pairs, mask=mask)
-        tl.store(drejected_ptr + offsets, (pull + slope) / num_pairs, mask=mask)
+        tl.store(dchosen_ptr + offsets, dchosen / num_pairs, mask=mask)
+        tl.store(drejected_ptr + offsets, drejected / num_pairs, mask=mask)
     tl.store(loss_ptr, tl.sum(losses, axis=0) / num_pairs)
+
+
+@triton.jit
+def pair_loss(chosen, rejected, difference, centering):
+    """The loss of each pair, and its gradients with respect to both scores."""
+    # softplus(-d) = max(-d, 0) + log(1 + exp(-|d|)) never overflows.
+    small = tl.exp(-tl.abs(difference))
+    total = chosen + rejected
+    loss = tl.maximum(-difference, 0.0) + log1p(small) + centering * total * total
+    # The loss falls by sigmoid(-d) for each unit of d.
+    slope = tl.where(difference >= 0, small, 1.0) / (1.0 + small)
+    pull = 2.0 * centering * total
+    return loss, pull - slope, pull + slope
 
 
 @triton.jit

@@ -1,9 +1,8 @@
-"""Who sees whom on the packed, prefix-shared layout, in blocks.
+"""What a program reads of its schedule (see schedules.py): its tile, its blocks, who sees whom.
 
-A query sees two *spans* of keys: the whole prefix segment, if there is one, and its own segment up
-to itself. A key is seen by its own segment from itself on, and by every segment that continues it.
-Everything is decided in sequence positions, so a sliding window reaches from an answer into its
-prompt. A span is cut into blocks; those that are visible whole need no mask.
+Everything is said in packed rows. A query sees two ranges of rows: a part of its own segment up to
+itself, and a part of the segment that this one continues. A tile of queries sees two *spans* of
+rows, cut into blocks, of which those that each of its queries sees whole need no mask.
 """
 
 from __future__ import annotations
@@ -11,131 +10,105 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def visible(query_position, key_position, window):
-    """Whether a query sees a key of its own sequence."""
-    return (key_position <= query_position) & (key_position > query_position - window)
-
-
-@triton.jit
-def load_positions(query_rows_ptr, positions_ptr, count, BLOCK: tl.constexpr):
-    """Sequence positions of the first `count` of BLOCK queries, -1 for the others."""
-    queries = tl.arange(0, BLOCK)
-    rows = tl.load(query_rows_ptr + queries, mask=queries < count, other=0)
-    return tl.load(positions_ptr + rows, mask=queries < count, other=-1)
+# Integers in the record of a tile of queries, of a piece of work of keys, and of a run of queries.
+TILE = tl.constexpr(12)
+PIECE = tl.constexpr(8)
+RUN = tl.constexpr(5)
 
 
 @triton.jit
-def prefix_length(segment, starts_ptr, prefix_ptr):
-    """Tokens that come before a segment in its sequence."""
-    prefix = tl.load(prefix_ptr + segment)
-    known = prefix >= 0
-    end = tl.load(starts_ptr + prefix + 1, mask=known, other=0)
-    return end - tl.load(starts_ptr + prefix, mask=known, other=0)
+def query_tile(tiles_ptr, H: tl.constexpr):
+    """This program's tile of queries: its record, its first query, how many, and the head.
 
-
-@triton.jit
-def first_span(segment, prefix_ptr):
-    """0 where a segment has a prefix, else 1: the spans that its queries see end at 2."""
-    return tl.where(tl.load(prefix_ptr + segment) >= 0, 0, 1)
-
-
-@triton.jit
-def key_span(own, segment, oldest, newest, window, starts_ptr, prefix_ptr, BLOCK: tl.constexpr):
-    """Keys of the prefix (own = 0) or of the segment (own = 1) that a tile of queries sees.
-
-    Args:
-        oldest, newest: positions of the first and the last query.
-
-    Returns:
-        Packed row and position of the first key, end position, and the blocks (see `cut`).
+    The heads of a tile are neighbours in the order of launching: those that share a key head read
+    the same keys and values at the same time.
     """
-    source = tl.where(own == 1, segment, tl.load(prefix_ptr + segment))
-    start = tl.load(starts_ptr + source)
-    stop = tl.load(starts_ptr + source + 1)
-    before = prefix_length(source, starts_ptr, prefix_ptr)
-    position = tl.maximum(before, oldest - window + 1)
-    end = before + stop - start
-    blocks, leading, whole = cut(
-        position, tl.minimum(end, newest + 1), newest - window + 1, oldest + 1, BLOCK
-    )
+    program = tl.program_id(0)
+    record = tiles_ptr + (program // H).to(tl.int64) * TILE
+    return record, tl.load(record).to(tl.int64), tl.load(record + 1), (program % H).to(tl.int64)
+
+
+@triton.jit
+def load_spans(record):
+    """Two spans of keys: first row, end, blocks before the whole ones, whole blocks."""
+    first, second = record + 2, record + 6
     return (
-        (start + position - before).to(tl.int64),
-        position,
-        end,
-        blocks,
-        leading,
-        whole,
+        tl.load(first),
+        tl.load(first + 1),
+        tl.load(first + 2),
+        tl.load(first + 3),
+        tl.load(second),
+        tl.load(second + 1),
+        tl.load(second + 2),
+        tl.load(second + 3),
     )
 
 
 @triton.jit
-def query_span(
-    segment,
-    oldest,
-    newest,
-    window,
-    starts_ptr,
-    prefix_ptr,
-    query_rows_ptr,
-    query_starts_ptr,
-    BLOCK: tl.constexpr,
-):
-    """Queries of a segment that see a tile of keys.
+def block_of(index, masked, spans, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """The index-th whole block of both spans, or the index-th other one if MASKED.
 
     Args:
-        oldest, newest: positions of the first and the last key.
+        masked: how many blocks of the first span are not whole.
 
     Returns:
-        First query, end, and the blocks (see `cut`).
+        Its first row, and the rows from there to the end of its span.
     """
-    start = tl.load(starts_ptr + segment)
-    stop = tl.load(starts_ptr + segment + 1)
-    low = tl.load(query_starts_ptr + segment)
-    high = tl.load(query_starts_ptr + segment + 1)
-    shift = start - prefix_length(segment, starts_ptr, prefix_ptr)
-    first = first_query(oldest + shift, start, stop, low, high, query_rows_ptr)
-    end = first_query(newest + window + shift, start, stop, low, high, query_rows_ptr)
-    see_all = first_query(newest + shift, start, stop, low, high, query_rows_ptr)
-    lose_one = first_query(oldest + window + shift, start, stop, low, high, query_rows_ptr)
-    blocks, leading, whole = cut(first, end, see_all, lose_one, BLOCK)
-    return first.to(tl.int64), end, blocks, leading, whole
+    start, end, leading, whole, second_start, second_end, second_leading, second_whole = spans
+    before = masked if MASKED else whole
+    second = index >= before
+    place = index - tl.where(second, before, 0)
+    leading = tl.where(second, second_leading, leading)
+    if MASKED:
+        place += tl.where(place >= leading, tl.where(second, second_whole, whole), 0)
+    else:
+        place += leading
+    row = tl.where(second, second_start, start) + place * BLOCK
+    return row, tl.where(second, second_end, end) - row
 
 
 @triton.jit
-def first_query(row, start, stop, low, high, query_rows_ptr):
-    """First query at or after a packed row, among queries low..high of segment rows start..stop.
-
-    A row has one query at most, so the answer lies between two bounds. They are equal when every
-    row has a query; otherwise a binary search is left.
-    """
-    first = tl.maximum(low, high - tl.maximum(stop - row, 0))
-    last = tl.minimum(high, low + tl.maximum(row - start, 0))
-    while first < last:
-        middle = (first + last) // 2
-        before = tl.load(query_rows_ptr + middle) < row
-        first = tl.where(before, middle + 1, first)
-        last = tl.where(before, last, middle)
-    return first
+def load_piece(record):
+    """Row, count, first run, end, first head of the group, heads, part, and which bounds count."""
+    row, count = tl.load(record).to(tl.int64), tl.load(record + 1)
+    first_run, last_run = tl.load(record + 2), tl.load(record + 3)
+    first_head, heads, part = tl.load(record + 4), tl.load(record + 5), tl.load(record + 6)
+    return row, count, first_run, last_run, first_head, heads, part, tl.load(record + 7)
 
 
 @triton.jit
-def cut(first, end, whole_first, whole_end, BLOCK: tl.constexpr):
-    """Cuts first..end into blocks, of which those inside whole_first..whole_end need no mask.
+def load_run(record):
+    """First query, end, blocks before the whole ones, whole blocks, blocks."""
+    first, end, leading = tl.load(record), tl.load(record + 1), tl.load(record + 2)
+    return first, end, leading, tl.load(record + 3), tl.load(record + 4)
 
-    Returns:
-        The number of blocks, how many come before the first whole one, and how many are whole.
-    """
-    blocks = tl.cdiv(tl.maximum(end - first, 0), BLOCK)
-    leading = tl.minimum(tl.cdiv(tl.maximum(whole_first - first, 0), BLOCK), blocks)
-    inside = tl.maximum(tl.minimum(whole_end, end) - first, 0) // BLOCK
-    return blocks, leading, tl.maximum(inside - leading, 0)
+
+@triton.jit
+def load_bounds(bounds_ptr, queries, first, count, BLOCK: tl.constexpr):
+    """First and last row that each of `count` queries sees in one segment; none for the others."""
+    rows = tl.arange(0, BLOCK)
+    bounds_ptr += first + rows
+    low = tl.load(bounds_ptr, mask=rows < count, other=0)
+    high = tl.load(bounds_ptr + tl.cast(queries, tl.int64), mask=rows < count, other=-1)
+    return low, high
+
+
+@triton.jit
+def keys_of(row, left, BLOCK: tl.constexpr):
+    """Packed rows of a block of keys, and -2, which no query sees, past its `left` rows."""
+    places = tl.arange(0, BLOCK)
+    return tl.where(places < left, row + places, -2)
+
+
+@triton.jit
+def within(keys, low, high):
+    """Whether keys, given by their packed rows, lie within low..high."""
+    return (keys >= low) & (keys <= high)
 
 
 @triton.jit
 def nth_block(index, leading, whole, MASKED: tl.constexpr):
-    """Place in the span of the index-th whole block, or of the index-th other one if MASKED."""
+    """Place in a span of the index-th whole block, or of the index-th other one if MASKED."""
     if MASKED:
         return index + tl.where(index >= leading, whole, 0)
     return leading + index

@@ -1,4 +1,4 @@
-"""What the two attention ops share: tiles of rows and the streaming softmax."""
+"""Tiles of rows and the streaming softmax, as decoding reads and sums them."""
 
 from __future__ import annotations
 
@@ -37,23 +37,6 @@ def load_rows(
     if BLOCK_D == D:
         return tl.load(pointers)
     return tl.load(pointers, mask=columns < D, other=0.0)
-
-
-@triton.jit
-def store_rows(
-    ptr,
-    tile,
-    count,
-    STRIDE: tl.constexpr,
-    ROWS: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Stores the first `count` rows of a tile [ROWS, BLOCK_D], D elements of each."""
-    rows = tl.arange(0, ROWS)[:, None]
-    columns = tl.arange(0, BLOCK_D)[None, :]
-    mask = (rows < count) & (columns < D)
-    tl.store(ptr + rows * STRIDE + columns, narrow(tile, ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -70,11 +70,15 @@ def test_select(layout, rows):
     assert some.starts.tolist() == layout.starts.tolist()
 
 
+def rows_of(host):
+    return (host.query_rows,)
+
+
 def test_select_leaves_the_layout_alone(layout):
-    tiles = layout.query_tiles(2)
+    (before,) = layout.schedule("rows", rows_of)
     some = layout.select([4])
-    assert some.query_tiles(2).tolist() == [[1, 0]]
-    assert layout.num_queries == 12 and torch.equal(layout.query_tiles(2), tiles)
+    assert some.schedule("rows", rows_of)[0].tolist() == [4]
+    assert layout.num_queries == 12 and layout.schedule("rows", rows_of)[0] is before
     assert some.select([0, 4]).query_rows.tolist() == [0, 4]
 
 
@@ -82,7 +86,7 @@ def test_select_nothing(layout):
     none = layout.select([])
     assert none.num_queries == 0 and none.query_rows.tolist() == []
     assert none.query_starts.tolist() == [0] * 7
-    assert none.query_tiles(4).shape == (0, 2)
+    assert none.host.query_starts.tolist() == [0] * 7
 
 
 @pytest.mark.parametrize("rows", [[-1, 2], [3, 12], [4, 4], [5, 2]])
@@ -91,26 +95,12 @@ def test_select_refuses(layout, rows):
         layout.select(rows)
 
 
-def test_key_tiles_stay_within_a_segment(layout):
-    assert layout.key_tiles(2).tolist() == [
-        [0, 0], [0, 2], [1, 3], [3, 5], [3, 7], [4, 9], [5, 10],
-    ]  # fmt: skip
-    assert layout.key_tiles(64).tolist() == [[0, 0], [1, 3], [3, 5], [4, 9], [5, 10]]
-
-
-def test_query_tiles_count_among_the_queries(layout):
-    some = layout.select([0, 1, 2, 6, 8, 10])
-    assert some.query_tiles(2).tolist() == [[0, 0], [0, 2], [3, 3], [5, 5]]
-    assert some.key_tiles(64).tolist() == layout.key_tiles(64).tolist()
-
-
 @pytest.mark.parametrize("lengths", [[], [0], [0, 0]])
 def test_no_tokens(lengths):
     layout = PackedLayout(lengths)
     assert layout.total_tokens == layout.num_queries == layout.max_position == 0
     assert layout.starts.tolist() == [0] * (len(lengths) + 1)
     assert layout.positions.tolist() == []
-    assert layout.query_tiles(8).shape == layout.key_tiles(8).shape == (0, 2)
 
 
 def test_index_tensors_are_int32(layout):
@@ -120,7 +110,7 @@ def test_index_tensors_are_int32(layout):
     )  # fmt: skip
     for some in (layout, layout.select([1, 5]), PackedLayout([])):
         assert {getattr(some, name).dtype for name in names} == {torch.int32}
-        assert some.query_tiles(4).dtype == some.key_tiles(4).dtype == torch.int32
+        assert some.schedule("rows", rows_of)[0].dtype == torch.int32
 
 
 def test_tensors_as_arguments():
@@ -169,20 +159,108 @@ def test_repr_says_what_it_is(layout):
     )
 
 
-@settings(derandomize=True, deadline=None, max_examples=50)
-@given(
-    lengths=st.lists(st.integers(0, 9), max_size=8),
-    block=st.integers(1, 5),
-    every=st.integers(1, 4),
+def test_a_schedule_is_made_once(layout):
+    made = []
+
+    def build(host):
+        made.append(host)
+        return host.starts, host.prefix
+
+    starts, prefix = layout.schedule("both", build)
+    assert layout.schedule("both", build)[0] is starts and len(made) == 1
+    assert starts.tolist() == layout.starts.tolist() and prefix.tolist() == PREFIX
+    host = layout.host
+    assert host.every_row and not host.fixed_shapes and not layout.select([1]).host.every_row
+
+
+def test_tables_placed_elsewhere(layout):
+    some = layout.select([1, 5])
+    some.schedule("rows", rows_of)
+    assert some.query_rows.tolist() == [1, 5] and some.positions is not None
+    tables = some.tables()
+    assert set(tables) == {"query_rows", "positions", "rows 0"}
+    moved = {name: table.to("meta") for name, table in tables.items()}
+    placed = some.placed("meta", moved)
+    assert placed.device.type == "meta" and some.device.type == "cpu"
+    assert placed.positions is moved["positions"] and placed.query_rows is moved["query_rows"]
+    assert placed.schedule("rows", rows_of)[0] is moved["rows 0"]
+    assert placed.starts.device.type == "meta", "what was not there yet is made on the new device"
+    assert some.tables().keys() == tables.keys() and placed.num_queries == 2
+
+
+def test_a_selection_made_before(layout):
+    rows = torch.tensor([1, 5])
+    selected = layout.select([1, 5])
+    layout.remember(rows, selected)
+    assert layout.select(rows) is selected
+    assert layout.select(rows.clone()) is not selected
+
+
+def test_a_ticket_stands_for_its_layout(layout):
+    some = layout.select([1])
+    assert PackedLayout.of_ticket(layout.ticket) is layout
+    assert PackedLayout.of_ticket(some.ticket) is some
+    assert PackedLayout.of_ticket(some.placed("meta", {}).ticket) is not some
+
+
+# -- buckets ---------------------------------------------------------------------------------------
+
+
+def test_a_bucket_is_filled_up(layout):
+    filled = layout.bucketed(20, 9)
+    assert filled.lengths == [*LENGTHS, 8, 0, 0] and filled.prefix_of == [*PREFIX, -1, -1, -1]
+    assert filled.host.fixed_shapes and filled.num_queries == 20
+    assert filled.positions[:12].tolist() == layout.positions.tolist()
+    assert filled.children.tolist() == [1, 2, 4, 5]
+    assert filled.starts.shape == filled.children_starts.shape == (10,)
+
+
+def test_a_bucket_of_selected_rows(layout):
+    filled = layout.select([1, 5]).bucketed(20, 9, 5)
+    assert filled.query_rows.tolist() == [1, 5, 17, 18, 19]
+    assert layout.select([1, 5]).bucketed(20, 9).query_rows.tolist() == [1, 5]
+
+
+def test_a_full_bucket_is_possible(layout):
+    assert layout.bucketed(12, 7).lengths == [*LENGTHS, 0]
+
+
+@pytest.mark.parametrize(
+    ("rows", "sizes", "message"),
+    [
+        (None, (11, 9), "12 tokens in 6 segments .* do not fit into 11 tokens in 9"),
+        (None, (20, 6), "do not fit into 20 tokens in 6"),
+        (None, (20, 9, 15), "every row has a query, 15 queries in 20 rows"),
+        ([1, 5], (20, 9, 11), "9 queries do not fit into 8 filling tokens"),
+        ([1, 5], (20, 9, 1), "-1 queries do not fit"),
+    ],
 )
-def test_tiles_cover_every_row_once(lengths, block, every):
-    layout = PackedLayout(lengths).select(range(0, sum(lengths), every))
-    keys, queries = [], []
-    for segment, first in layout.key_tiles(block).tolist():
-        keys += range(first, min(first + block, int(layout.starts[segment + 1])))
-    for segment, first in layout.query_tiles(block).tolist():
-        tile = range(first, min(first + block, int(layout.query_starts[segment + 1])))
-        assert {int(layout.segments[layout.query_rows[j]]) for j in tile} == {segment}
-        queries += tile
-    assert keys == list(range(layout.total_tokens))
-    assert queries == list(range(layout.num_queries))
+def test_buckets_that_are_too_small(layout, rows, sizes, message):
+    with pytest.raises(ValueError, match=message):
+        (layout if rows is None else layout.select(rows)).bucketed(*sizes)
+
+
+@settings(derandomize=True, deadline=None, max_examples=50)
+@given(lengths=st.lists(st.integers(0, 9), max_size=8), seed=st.integers(0, 99))
+def test_children_are_listed_by_their_prefix(lengths, seed):
+    generator = torch.Generator().manual_seed(seed)
+    root = torch.rand(len(lengths), generator=generator) < 0.4
+    roots = root.nonzero().flatten().tolist()
+    prefix = [
+        -1
+        if root[i] or not roots
+        else roots[int(torch.randint(len(roots), (), generator=generator))]
+        for i in range(len(lengths))
+    ]
+    layout = PackedLayout(lengths, prefix)
+    starts, children = layout.children_starts.tolist(), layout.children.tolist()
+    for segment in range(len(lengths)):
+        expected = [i for i, parent in enumerate(prefix) if parent == segment]
+        assert children[starts[segment] : starts[segment + 1]] == expected
+    expected = [
+        place + layout.prefix_length(segment)
+        for segment, length in enumerate(lengths)
+        for place in range(length)
+    ]
+    assert layout.positions.tolist() == expected
+    assert layout.max_position == max(expected, default=-1) + 1 or 0 in lengths

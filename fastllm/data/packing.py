@@ -42,9 +42,17 @@ class TokenBatch:
     sequence: Tensor
     """Sequence of each target, in the order given [M], int64."""
     num_sequences: int
+    direct: bool = False
+    """Target m is that of `rows[m]`: `source` counts 0..M-1."""
+    token_weights: Tensor | None = None
+    """What each target counts for [M], fp32; None for 1 each."""
+
+    def of_targets(self, hidden: Tensor) -> Tensor:
+        """The hidden states [N, C] of `rows` that predict the targets [M, C]."""
+        return hidden if self.direct else hidden[self.source]
 
     def to(self, device: torch.device | str) -> TokenBatch:
-        return _move(self, device)
+        return moved(self, device)
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,7 @@ class PairBatch:
         return self.chosen.numel()
 
     def to(self, device: torch.device | str) -> PairBatch:
-        return _move(self, device)
+        return moved(self, device)
 
 
 @dataclass(frozen=True)
@@ -82,10 +90,10 @@ class ScoredBatch:
     """Scored packed rows [N], ascending and unique, int64."""
 
     def to(self, device: torch.device | str) -> ScoredBatch:
-        return _move(self, device)
+        return moved(self, device)
 
 
-Batch = TypeVar("Batch", TokenBatch, PairBatch, ScoredBatch)
+Batch = TypeVar("Batch")
 
 
 class _Row:
@@ -146,6 +154,7 @@ def pack_sequences(
         targets=torch.from_numpy(input_ids.numpy()[targets]),
         sequence=torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)[targets]),
         num_sequences=len(lengths),
+        direct=True,
     )
 
 
@@ -296,10 +305,9 @@ def _margins(margins: Sequence[float | None] | None) -> Tensor | None:
     return torch.tensor([m or 0.0 for m in margins], dtype=torch.float32)
 
 
-def _move(batch: Batch, device: torch.device | str) -> Batch:
-    moved: dict[str, Any] = {
-        name: value.to(device)
-        for name, value in vars(batch).items()
-        if isinstance(value, Tensor | PackedLayout)
+def moved(batch: Batch, device: torch.device | str) -> Batch:
+    """A batch (any dataclass of tensors, layouts and batches) with its tensors on `device`."""
+    there: dict[str, Any] = {
+        name: value.to(device) for name, value in vars(batch).items() if hasattr(value, "to")
     }
-    return replace(batch, **moved)
+    return replace(batch, **there)  # type: ignore[type-var]

@@ -41,13 +41,18 @@ class TokenStep(Protocol):
     def description(self) -> str:
         """Which implementation this is, and why it serves."""
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether rows go on when another one ends. Where they do, `count` tells how many tokens
+        each of them drew; what is drawn for a row after its end is nobody's."""
+
     def __call__(self, batch: RunningBatch, steps: int) -> Drawn:
         """Draw at most `steps` tokens for every row, one after another.
 
         Each step writes the keys and values of `token` at place `tail_length` of the tail, draws
-        the next one, and moves `token`, `position`, `tail_length`, `count` and `seen` on. The last
-        step is the one in which a row ends: with one of its stop tokens, or with its `max_count`-th
-        token. Blocks for all of it have been taken.
+        the next one, and moves `token`, `position`, `tail_length`, `count` and `seen` on. A row
+        ends with one of its stop tokens, or with its `max_count`-th token; unless the others go on,
+        that is the last step. Blocks for all of it have been taken.
 
         Raises:
             RuntimeError: logits that are not finite.

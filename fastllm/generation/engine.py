@@ -43,8 +43,8 @@ class Engine:
             half of the memory that is free.
         prefill_tokens: prompt tokens computed in one pass, unless one prompt alone is longer.
         weights: "int8" rounds the weights for sampling; the trainer's stay as they are.
-        step: "ops" for the token step made of single ops, "graphs" for the same replayed from CUDA
-            graphs; "auto" for the one in C++ where it serves, else for single ops.
+        step: "ops" for the token step made of single ops, "graphs" for the one replayed from CUDA
+            graphs; "auto" for the one in C++ on the CPU and graphs on CUDA, else for single ops.
 
     Raises:
         ValueError: an option out of its range, or one that this model or machine cannot serve.
@@ -91,6 +91,11 @@ class Engine:
         self._next_id = 0
         self.stats = Stats()
         """What this engine did so far."""
+
+    @property
+    def model(self) -> Transformer:
+        """What completes the prompts."""
+        return self._model
 
     @property
     def description(self) -> str:
@@ -178,7 +183,10 @@ class Engine:
             raise RuntimeError(
                 f"update_weights: expected no unfinished requests, found {len(self._requests)}"
             )
-        self._step = choose_step(self._model, self._cache, *self._options)
+        if isinstance(self._step, GraphedStep):
+            self._step.update_weights()
+        else:
+            self._step = choose_step(self._model, self._cache, *self._options)
 
     # -- tokens --------------------------------------------------------------------------------
 
@@ -262,7 +270,8 @@ class Engine:
                 request.not_begun -= 1
                 if not request.not_begun:
                     request.logits = None
-            finished = self._note(rows, Drawn(*(column[None] for column in drawn)))
+            drawn = Drawn(*(column[None] for column in drawn))
+            finished = self._note(rows, drawn, np.ones_like(rows))
         self.stats.prefill_tokens += prefill.num_tokens
         self.stats.prefill_seconds += time.perf_counter() - started
         return finished
@@ -280,20 +289,22 @@ class Engine:
         started = time.perf_counter()
         batch = self._batch
         left = batch.max_count[: batch.size] - batch.count[: batch.size]
-        steps, preempted = self._scheduler.reserve(min(most, int(left.min())))
+        longest = left.max() if self._step.goes_on else left.min()
+        steps, preempted = self._scheduler.reserve(min(most, int(longest)))
         self.stats.preemptions += preempted
+        before = batch.count[: batch.size].copy()
         drawn = self._step(batch, steps)
-        finished = self._note(np.arange(batch.size), drawn)
-        steps, rows = drawn.token_ids.shape
-        self.stats.steps += steps
-        self.stats.decode_tokens += steps * rows
+        lengths = batch.count[: batch.size] - before
+        finished = self._note(np.arange(batch.size), drawn, lengths)
+        self.stats.steps += len(drawn.token_ids)
+        self.stats.decode_tokens += int(lengths.sum())
         self.stats.decode_seconds += time.perf_counter() - started
         return finished
 
-    def _note(self, rows: np.ndarray, drawn: Drawn) -> list[Sequence]:
-        """Record what these rows drew; who ended leaves, and is returned."""
+    def _note(self, rows: np.ndarray, drawn: Drawn, lengths: np.ndarray) -> list[Sequence]:
+        """Record what these rows drew, so many tokens each; who ended leaves, and is returned."""
         batch = self._batch
-        self._transcript.record(batch.place[rows], batch.count[rows], drawn)
+        self._transcript.record(batch.place[rows], batch.count[rows], drawn, lengths)
         stops = stopped(batch)
         watched = np.intersect1d(self._watched(), rows) if self._watched() else ()
         for row in watched:
@@ -364,11 +375,11 @@ def choose_step(
     ):
         if found not in known:
             raise ValueError(f"{name}: expected one of {', '.join(known)}; found {found!r}")
-    if step == "graphs" and weights == "auto":
-        return GraphedStep(model, cache)
     reason = why_not(model) if step == "auto" else f"step {step!r} was asked for"
     if reason is None:
         return NativeStep(model, cache, weights)
     if weights != "auto":
         raise ValueError(f"weights: {weights!r} needs the token step in C++, but {reason}")
+    if step == "graphs" or (step == "auto" and cache.device.type == "cuda"):
+        return GraphedStep(model, cache, reason)
     return OpByOpStep(model, cache, reason)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from inspect import signature
+from typing import Any
 
 import torch
 
@@ -43,6 +45,7 @@ def generate(
     cache_bytes: int | None = None,
     weights: Weights = "auto",
     step: StepName = "auto",
+    engine: Engine | None = None,
     on_finished: OnFinished | None = None,
     stats: Stats | None = None,
 ) -> list[Completion]:
@@ -61,6 +64,8 @@ def generate(
         seed: None draws one from PyTorch's default generator.
         request_ids: 64-bit integer that names each prompt's random stream; None for 0, 1, 2, ...
         max_batch_size, prefill_tokens, cache_bytes, weights, step: see `Engine`.
+        engine: what these five are for, to be used again: one of this model, whose memory and CUDA
+            graphs stay. After training, `Engine.update_weights` is the caller's.
         on_finished: called with a prompt's number and completions when the last of them ends.
         stats: what was done is added to it.
 
@@ -85,21 +90,40 @@ def generate(
         stop_strings=stop_strings,
         seed=seed,
     )
-    engine = Engine(
-        model,
-        tokenizer,
-        max_batch_size=max_batch_size,
-        cache_bytes=cache_bytes,
-        prefill_tokens=prefill_tokens,
-        weights=weights,
-        step=step,
-    )
-    engine.stats = stats or engine.stats
+    options: dict[str, Any] = {
+        "max_batch_size": max_batch_size,
+        "cache_bytes": cache_bytes,
+        "prefill_tokens": prefill_tokens,
+        "weights": weights,
+        "step": step,
+    }
+    engine = _engine(engine, model, tokenizer, options, stats)
     streams = _streams(seed, request_ids, len(prompts), num_return_sequences)
     for number, of_prompt in enumerate(streams):
         own = replace(params, max_new_tokens=lengths[number])
         engine.submit(number, prompts[number], own, of_prompt, f"prompt {number}")
     return _Completed(len(prompts), num_return_sequences, tokenizer, on_finished).by(engine)
+
+
+def _engine(
+    engine: Engine | None,
+    model: Transformer,
+    tokenizer: TextCodec | None,
+    options: dict[str, Any],
+    stats: Stats | None,
+) -> Engine:
+    """The engine that was given, if it serves, or a new one; it counts in `stats`."""
+    if engine is None:
+        engine = Engine(model, tokenizer, **options)
+        engine.stats = stats or engine.stats
+        return engine
+    if engine.model is not model or engine.has_unfinished_requests():
+        raise ValueError("engine: expected an idle engine of this model")
+    for name, value in options.items():
+        if value != signature(Engine).parameters[name].default:
+            raise ValueError(f"{name}: the engine that was given has its own")
+    engine.stats = stats or engine.stats
+    return engine
 
 
 class _Completed:

@@ -1,13 +1,16 @@
 """The token step replayed from CUDA graphs: what a GPU does for a token costs one launch.
 
-A graph is for fixed shapes, so the batch is padded to the next power of two, and so is the number
-of prompts. A row of padding is the last row once more: it writes what that one writes.
+A graph is for fixed shapes, so the batch is padded to one of a few sizes. It computes all layers,
+draws, and moves the rows on, on the device: the host sends the rows once for many tokens, and looks
+at what they drew while the next ones are computed.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections import deque
 from collections.abc import Callable
-from dataclasses import fields
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,121 +18,168 @@ from torch import Tensor
 
 from ..model import Transformer
 from .batch import Drawn, RunningBatch
-from .cache import BlockCache
-from .token_step import OpByOpStep, StepRows
+from .cache import BlockCache, blocks_of
+from .decoder import Decoder
+from .device_rows import MOST_STEPS, DeviceRows, Size
+from .replay import Replayed
+from .token_step import has_filters
 
-_NAMES = tuple(field.name for field in fields(StepRows))
+# Tokens between two looks. What a row that ends would cost for nothing, at most twice, and what
+# hides the host's work.
+_TOKENS_AT_ONCE = 8
+# Sizes of a batch between a power of two and the next, and the least between two sizes.
+_SIZES = 4
+_LEAST = 8
+# Blocks of a run that one program reads: tables grow by powers of two of so many.
+_BLOCKS = 4
 
 
-class GraphedStep(OpByOpStep):
-    """A `TokenStep` whose layers are captured once for each size of the batch.
+class GraphedStep:
+    """A `TokenStep` that is captured once for each size of the batch.
+
+    Rows go on when another one ends; see `TokenStep.goes_on`.
 
     Args:
-        model: computes in evaluation mode.
+        model: its weights are joined in copies; see decoder.py.
         cache: keeps the keys and values.
+        reason: why this step serves.
         capture: False computes the padded batch op by op, on any device.
 
     Raises:
         ValueError: the model is on a device that has no CUDA graphs.
     """
 
-    def __init__(self, model: Transformer, cache: BlockCache, capture: bool = True) -> None:
-        if capture and cache.device.type != "cuda":
-            raise ValueError(f"step: 'graphs' needs a CUDA device, the model is on {cache.device}")
-        super().__init__(model, cache, "asked for")
-        self.description = f"CUDA graphs on {cache.device}"
-        self._capture = capture
-        self._longest = model.config.max_position_embeddings
-        self._sizes: dict[tuple[int, int], _Fixed] = {}
-        self._bound: tuple[int, ...] = ()
-        self._widths = 1, 1
-
-    def __call__(self, batch: RunningBatch, steps: int) -> Drawn:
-        widths = batch.tail_blocks.shape[1], batch.prefix_blocks.shape[1]
-        if self._bound != (*widths, self._cache.version):
-            # What the graphs read has moved, or has another shape.
-            self._sizes.clear()
-            self._bound, self._widths = (*widths, self._cache.version), widths
-        return super().__call__(batch, steps)
-
-    def _logits(self, rows: StepRows[np.ndarray]) -> Tensor:
-        used = len(rows.token)
-        size = _power_of_two(used), _power_of_two(len(rows.prefix_length))
-        if size not in self._sizes:
-            self._sizes[size] = _Fixed(*size, *self._widths, self._cache.device)
-        fixed = self._sizes[size]
-        fixed.fill(rows)
-        # A table of angles for any position, so that it never moves either.
-        return fixed.run(lambda: self._compute(fixed.rows, self._longest), self._capture)[:used]
-
-
-class _Fixed:
-    """Tensors of fixed address and shape, and the graph that reads them.
-
-    Args:
-        batch: rows (B).
-        prompts: G.
-        tail_blocks: J. prefix_blocks: Jp.
-    """
+    goes_on = True
 
     def __init__(
-        self, batch: int, prompts: int, tail_blocks: int, prefix_blocks: int, device: torch.device
+        self,
+        model: Transformer,
+        cache: BlockCache,
+        reason: str = "asked for",
+        capture: bool = True,
     ) -> None:
-        shapes = {name: (batch,) for name in _NAMES} | {
-            "tail_blocks": (batch, tail_blocks),
-            "prefix_length": (prompts,),
-            "prefix_blocks": (prompts, prefix_blocks),
-        }
-        sizes = [int(np.prod(shape)) for shape in shapes.values()]
-        on_gpu = device.type == "cuda"
-        self._host = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=on_gpu)
-        self._device = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
-        self._views = StepRows(
-            *(
-                part.view(shape).numpy()
-                for part, shape in zip(self._host.split(sizes), shapes.values(), strict=True)
-            )
-        )
-        self.rows = StepRows(
-            *(
-                part.view(shape)
-                for part, shape in zip(self._device.split(sizes), shapes.values(), strict=True)
-            )
-        )
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._result: Tensor | None = None
+        if capture and cache.device.type != "cuda":
+            raise ValueError(f"step: 'graphs' needs a CUDA device, the model is on {cache.device}")
+        self.description = f"CUDA graphs on {cache.device}: {reason}"
+        self._cache, self._decoder = cache, Decoder(model)
+        self._vocabulary = model.config.vocab_size
+        self._longest = model.config.max_position_embeddings
+        self._pool = torch.cuda.graph_pool_handle() if capture else None
+        self._sizes: dict[Size, tuple[DeviceRows, Replayed]] = {}
+        self._version = cache.version
 
-    def fill(self, rows: StepRows[np.ndarray]) -> None:
-        """Put a batch in, and rows of padding after it."""
-        for name in _NAMES:
-            source, into = getattr(rows, name), getattr(self._views, name)
-            into[tuple(slice(size) for size in source.shape)] = source
-            into[len(source) :] = 0 if name.startswith("prefix") else into[len(source) - 1]
-        self._device.copy_(self._host, non_blocking=True)
+    def __call__(self, batch: RunningBatch, steps: int) -> Drawn:
+        """See `TokenStep`."""
+        steps = min(steps, MOST_STEPS)
+        if self._version != self._cache.version:
+            # What the graphs read has moved.
+            self._forget()
+        size = size_of(batch, steps, self._vocabulary)
+        if size not in self._sizes:
+            rows = DeviceRows(size, self._cache.device)
+            self._sizes[size] = rows, Replayed(partial(self._draw, rows), self._pool)
+        rows, replay = self._sizes[size]
+        rows.fill(batch)
+        return _note(batch, self._run(batch, rows, replay, steps))
 
-    def run(self, compute: Callable[[], Tensor], capture: bool) -> Tensor:
-        """What `compute` makes of the rows, by the graph once there is one."""
-        if not capture:
-            return compute()
-        if self._graph is None:
-            self._warm_up(compute)
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
-                self._result = compute()
-        self._graph.replay()
-        assert self._result is not None
-        return self._result
+    def prefilling(self) -> contextlib.AbstractContextManager[None]:
+        """Nothing serves but the ops."""
+        return contextlib.nullcontext()
 
-    @staticmethod
-    def _warm_up(compute: Callable[[], Tensor]) -> None:
-        """Compile kernels and make tables and workspaces, none of which a graph may do."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                compute()
-        torch.cuda.current_stream().wait_stream(stream)
+    def logits(self, hidden: Tensor) -> Tensor:
+        """See `TokenStep`."""
+        return self._decoder.logits(hidden)
+
+    def update_weights(self) -> None:
+        """Read the model's weights again. The graphs stay, unless the weights have moved."""
+        if not self._decoder.refresh():
+            self._forget()
+
+    def _forget(self) -> None:
+        self._sizes.clear()
+        self._version = self._cache.version
+
+    def _draw(self, rows: DeviceRows) -> None:
+        """What a graph does: all layers for the newest tokens, the next ones drawn."""
+        rows.draw(self._decoder(rows.newest, self._cache, self._longest))
+
+    def _run(
+        self, batch: RunningBatch, rows: DeviceRows, replay: Callable[[], None], steps: int
+    ) -> np.ndarray:
+        """Compute until all steps are done, or some more than until a row has ended.
+
+        Returns:
+            Tokens, and the bits of their log-probabilities [steps, 3, B], int32.
+        """
+        found, waiting = rows.drawn.host.numpy(), deque[tuple[int, Callable[[], None]]]()
+        sent = here = 0
+        while here < steps:
+            # The device is always a look ahead, so that it does not wait for this one.
+            while sent < steps and len(waiting) < 2:
+                first, sent = sent, min(sent + _TOKENS_AT_ONCE, steps)
+                for _ in range(first, sent):
+                    replay()
+                waiting.append((sent, rows.drawn.fetch(first, sent)))
+            here, wait = waiting.popleft()
+            wait()
+            if endings(batch, found[:here, 0, : batch.size]).any():
+                steps = sent
+        return found[:steps, :, : batch.size]
 
 
-def _power_of_two(number: int) -> int:
-    return 1 << (number - 1).bit_length()
+def size_of(batch: RunningBatch, steps: int, vocabulary: int) -> Size:
+    """The least size that holds a batch for so many steps."""
+    rows = slice(batch.size)
+    tail = int(batch.tail_length[rows].max()) + steps
+    group = batch.group[rows]
+    return Size(
+        rows=padded(batch.size),
+        prompts=padded(int(group.max()) + 1),
+        tail_blocks=_table_width(tail),
+        prefix_blocks=_table_width(int(batch.prefix_length[group].max())),
+        stop_tokens=batch.stop_tokens.shape[1],
+        vocabulary=vocabulary if batch.seen.shape[1] else 0,
+        filtered=has_filters(batch, rows),
+    )
+
+
+def padded(number: int) -> int:
+    """The size that serves so many: 1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, ..."""
+    power = 1 << (number - 1).bit_length()
+    if power <= _LEAST:
+        return power
+    step = max(_LEAST, power // (2 * _SIZES))
+    return -(-number // step) * step
+
+
+def endings(batch: RunningBatch, tokens: np.ndarray) -> np.ndarray:
+    """Whether a row's end comes with each of the tokens that it drew [s, B], bool."""
+    rows = slice(batch.size)
+    stops = (tokens[:, :, None] == batch.stop_tokens[rows]).any(axis=2)
+    drawn = np.arange(1, len(tokens) + 1)[:, None]
+    return stops | (batch.count[rows] + drawn >= batch.max_count[rows])
+
+
+def _note(batch: RunningBatch, found: np.ndarray) -> Drawn:
+    """Move the batch on by what its rows drew until they ended."""
+    rows, number = np.arange(batch.size), len(found)
+    tokens = found[:, 0].astype(np.int64)
+    logprobs, sampling_logprobs = (found[:, i].view(np.float32).copy() for i in (1, 2))
+    ends = endings(batch, tokens)
+    lengths = np.where(ends.any(axis=0), ends.argmax(axis=0) + 1, number).astype(np.int32)
+    valid = np.arange(number)[:, None] < lengths
+    bad = np.flatnonzero((valid & ~np.isfinite(logprobs)).any(axis=0))
+    if bad.size:
+        raise RuntimeError(f"the model's logits are not finite (row {bad[0]} of {batch.size})")
+    batch.token[rows] = tokens[lengths - 1, rows]
+    for column in (batch.position, batch.tail_length, batch.count):
+        column[rows] += lengths
+    if batch.seen.shape[1]:
+        batch.seen[np.broadcast_to(rows, valid.shape)[valid], tokens[valid]] = 1
+    most = int(lengths.max())
+    return Drawn(tokens[:most], logprobs[:most], sampling_logprobs[:most])
+
+
+def _table_width(tokens: int) -> int:
+    programs = -(-blocks_of(tokens) // _BLOCKS)
+    return _BLOCKS << (max(1, programs) - 1).bit_length()

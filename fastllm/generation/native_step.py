@@ -91,6 +91,8 @@ class NativeStep:
             each column and 128 numbers, and computes as before.
     """
 
+    goes_on = False
+
     def __init__(self, model: Transformer, cache: BlockCache, weights: Weights = "auto") -> None:
         self._cache, self._rotary = cache, model.model.rotary
         self._dtype = compute_dtype(model)
@@ -224,7 +226,7 @@ class NativeStep:
         return 0 if norm is None else self._keep(norm.weight.to(self._dtype))
 
     def _projection(self, linear: Linear) -> list[int]:
-        weight = _merged(linear)
+        weight = merged_weight(linear)
         panels, scales = _PACKED.pack(weight, _PACKINGS[self._packing])
         if self._packing == torch.int8:
             self._measure(weight, panels, scales)
@@ -264,7 +266,7 @@ class NativeStep:
         return tensor.data_ptr()
 
 
-def _merged(linear: Linear) -> Tensor:
+def merged_weight(linear: Linear) -> Tensor:
     """A projection's weight, with its adapter where it has one."""
     weight = linear.weight.detach()
     if not isinstance(linear, LoRALinear) or not linear.enabled:

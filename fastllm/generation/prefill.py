@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from .. import ops
@@ -19,6 +18,7 @@ from ..layout import NO_PREFIX, PackedLayout
 from ..model import Transformer
 from .cache import BLOCK, BlockCache
 from .requests import Request, Sequence
+from .upload import upload
 
 
 @dataclass
@@ -56,13 +56,14 @@ class Prefill:
             prefix.append(number[sequence.request])
         layout = PackedLayout([len(some) for some in tokens], prefix, device)
         last = [layout.offsets[i + 1] - 1 for i, r in enumerate(self.prompts) if r.not_begun]
-        rows = torch.tensor(last, dtype=torch.int64, device=device)
-        attend = PrefillAttend(layout, rows, cache, *self._destinations(layout))
-        packed = torch.from_numpy(np.concatenate(tokens)).to(device)
+        packed, rows, blocks, sources = upload(
+            [np.concatenate(tokens), np.array(last, np.int64), *self._destinations(layout)], device
+        )
+        attend = PrefillAttend(layout, layout.select(last), cache, blocks, sources)
         with evaluating(model):
             return model.model(packed, attend, rows)
 
-    def _destinations(self, layout: PackedLayout) -> tuple[Tensor, Tensor]:
+    def _destinations(self, layout: PackedLayout) -> tuple[np.ndarray, np.ndarray]:
         """The blocks to fill [n], and the packed rows that each of them gets [n, 64]."""
         owners = [
             (segment, request.blocks)
@@ -78,11 +79,7 @@ class Prefill:
             first = layout.offsets[segment] + BLOCK * np.arange(len(owned))[:, None]
             rows.append(np.minimum(first + np.arange(BLOCK), end - 1))
             blocks.append(owned)
-        device = layout.device
-        return (
-            torch.from_numpy(np.concatenate(blocks).astype(np.int64)).to(device),
-            torch.from_numpy(np.concatenate(rows)).to(device),
-        )
+        return np.concatenate(blocks).astype(np.int64), np.concatenate(rows)
 
 
 class PrefillAttend:
@@ -90,16 +87,21 @@ class PrefillAttend:
 
     Args:
         layout: a segment for each prompt, and for each tail that continues one.
-        rows: packed rows whose hidden state is wanted [N], as passed to the trunk.
+        selected: the same with queries for the rows whose hidden state is wanted.
         cache: gets the keys and values.
         blocks: its blocks that are filled [n], int64.
         sources: the packed rows that each block gets [n, 64], int64.
     """
 
     def __init__(
-        self, layout: PackedLayout, rows: Tensor, cache: BlockCache, blocks: Tensor, sources: Tensor
+        self,
+        layout: PackedLayout,
+        selected: PackedLayout,
+        cache: BlockCache,
+        blocks: Tensor,
+        sources: Tensor,
     ) -> None:
-        self._layout, self._selected = layout, layout.select(rows)
+        self._layout, self._selected = layout, selected
         self._cache, self._blocks, self._sources = cache, blocks, sources
         self.positions, self.max_position = layout.positions, layout.max_position
 

@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..ops import backend, cpp
+from .upload import upload
 
 # The constants of SplitMix64 (Steele, Lea and Flood, 2014), as signed 64-bit integers.
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
@@ -130,45 +132,63 @@ class SamplingRows:
     def of(
         cls, arrays: Any, rows: Any = slice(None), device: torch.device | str = "cpu"
     ) -> SamplingRows:
-        """The rows of a running batch: NumPy arrays, or tensors, as attributes of these names.
+        """The rows of a running batch: arrays in host memory as attributes of these names.
 
-        On the CPU they are not copied.
+        On the CPU they are not copied, and elsewhere all at once.
         """
-        columns = (getattr(arrays, field.name)[rows] for field in fields(cls))
-        return cls(*(torch.as_tensor(column).to(device) for column in columns))
+        columns = [np.asarray(getattr(arrays, field.name)[rows]) for field in fields(cls)]
+        return cls(*upload(columns, torch.device(device)))
 
     def __len__(self) -> int:
         return self.temperature.numel()
 
 
-def sample(logits: Tensor, rows: SamplingRows) -> Draw:
+def sample(logits: Tensor, rows: SamplingRows, filtered: bool | None = None) -> Draw:
     """Draw one token for each row of logits.
 
     Args:
         logits: [B, V], fp32.
         rows: how, on the same device.
+        filtered: whether any row has a filter (top-k, top-p or min-p), which takes a sorted
+            vocabulary where neither C++ nor False serves; None looks, for which a GPU is waited.
 
     Returns:
         The tokens and their log-probabilities. Greedy: `logprobs` are at temperature 1, and
         `sampling_logprobs` are 0, since the choice was certain. Logits that are not finite give
         log-probabilities that are not finite.
     """
-    native = logits.device.type == "cpu" and backend.requested() in ("auto", "cpp")
-    if native and cpp.available():
-        return Draw(*cpp.sampling.draw(logits, rows))
-    return sample_reference(logits, rows)
+    raw = backend.kernels("sampling", logits)
+    if raw is cpp.sampling:
+        return Draw(*raw.draw(logits, rows))
+    filtered = _any_filter(rows) if filtered is None else filtered
+    if raw is None or filtered:
+        return sample_reference(logits, rows, filtered)
+    return Draw(
+        *raw.draw(
+            logits,
+            rows.temperature,
+            rows.repetition_penalty,
+            rows.key,
+            rows.count,
+            rows.min_count,
+            rows.stop_tokens,
+            rows.seen,
+        )
+    )
 
 
-def sample_reference(logits: Tensor, rows: SamplingRows) -> Draw:
+def sample_reference(logits: Tensor, rows: SamplingRows, filtered: bool | None = None) -> Draw:
     """The definition of `sample`, in PyTorch."""
     greedy = rows.temperature == 0
     temperature = torch.where(greedy, 1, rows.temperature)[:, None]
     logp = torch.log_softmax(logits / temperature, dim=-1)
     scores = _without_stops(_penalise(logits, rows), rows) / temperature
-    filtered = torch.log_softmax(_filter(scores, rows), dim=-1)
-    drawn = _invert(filtered, uniforms(rows.key, rows.count))
+    filtered = _any_filter(rows) if filtered is None else filtered
+    left = _filter(scores, rows) if filtered else scores
+    left = torch.log_softmax(left, dim=-1)
+    drawn = _invert(left, uniforms(rows.key, rows.count))
     tokens = torch.where(greedy, scores.argmax(dim=-1), drawn)
-    sampling_logp = torch.where(greedy, 0, _pick(filtered, tokens))
+    sampling_logp = torch.where(greedy, 0, _pick(left, tokens))
     return Draw(tokens, _pick(logp, tokens), sampling_logp)
 
 
@@ -239,11 +259,12 @@ def _without_stops(logits: Tensor, rows: SamplingRows) -> Tensor:
     return logits.masked_fill(ban.scatter_(1, places, True)[:, :-1], -torch.inf)
 
 
+def _any_filter(rows: SamplingRows) -> bool:
+    return bool(((rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0)).any())
+
+
 def _filter(scores: Tensor, rows: SamplingRows) -> Tensor:
     """Scores [B, V] with -inf at the tokens that top-k, then top-p, then min-p leave out."""
-    filtered = (rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0)
-    if not filtered.any():
-        return scores
     vocabulary = scores.shape[1]
     # Stable, so that of equal scores the later one counts as the larger, as in `transformers`.
     ascending, order = scores.sort(dim=-1, stable=True)

@@ -189,9 +189,10 @@ class Scheduler:
         return steps, preempted
 
     def _missing(self, steps: int) -> np.ndarray:
-        """Blocks that each row lacks for so many more tokens [B]."""
+        """Blocks that each row lacks for so many more tokens, or those that it has left [B]."""
         batch, rows = self._batch, slice(self._batch.size)
-        ends = batch.tail_length[rows] + (steps + BLOCK - 1)
+        left = batch.max_count[rows] - batch.count[rows]
+        ends = batch.tail_length[rows] + np.minimum(steps, left) + (BLOCK - 1)
         return np.maximum(ends // BLOCK - batch.owned[rows], 0)
 
     def _preempt(self) -> None:

@@ -16,7 +16,8 @@ from ..ops.linear_logprob import wide_matmul
 from .batch import Drawn, RunningBatch
 from .cache import BLOCK, BlockCache, blocks_of
 from .prefill import evaluating
-from .sampling import SamplingRows, sample
+from .sampling import Draw, SamplingRows, sample
+from .upload import upload
 
 Array = TypeVar("Array", np.ndarray, Tensor)
 
@@ -29,6 +30,8 @@ class OpByOpStep:
         cache: keeps the keys and values.
         reason: why this step serves.
     """
+
+    goes_on = False
 
     def __init__(self, model: Transformer, cache: BlockCache, reason: str) -> None:
         self.description = f"op by op on {cache.device.type}: {reason}"
@@ -79,7 +82,7 @@ def draw(batch: RunningBatch, logits: Tensor, rows: np.ndarray | slice | None = 
     """
     rows = slice(batch.size) if rows is None else rows
     numbers = SamplingRows.of(batch, rows, logits.device)
-    drawn = Drawn(*(column.cpu().numpy() for column in sample(logits, numbers)))
+    drawn = _on_host(sample(logits, numbers, has_filters(batch, rows)))
     if not np.isfinite(drawn.logprobs).all():
         bad = int(np.flatnonzero(~np.isfinite(drawn.logprobs))[0])
         raise RuntimeError(f"the model's logits are not finite (row {bad} of {len(logits)})")
@@ -89,6 +92,21 @@ def draw(batch: RunningBatch, logits: Tensor, rows: np.ndarray | slice | None = 
     if batch.seen.shape[1]:
         batch.seen[np.arange(batch.capacity)[rows], drawn.token_ids] = 1
     return drawn
+
+
+def has_filters(batch: RunningBatch, rows: np.ndarray | slice) -> bool:
+    """Whether any of these rows draws from less than the whole vocabulary."""
+    filters = (batch.top_k[rows] > 0) | (batch.top_p[rows] < 1) | (batch.min_p[rows] > 0)
+    return bool((filters & (batch.temperature[rows] != 0)).any())
+
+
+def _on_host(drawn: Draw) -> Drawn:
+    """By one copy, for which a GPU is waited."""
+    if drawn.token_ids.device.type == "cpu":
+        return Drawn(*(column.numpy() for column in drawn))
+    bits = [column.view(torch.int32) for column in drawn[1:]]
+    columns = torch.stack((drawn.token_ids.int(), *bits)).cpu().numpy()
+    return Drawn(columns[0].astype(np.int64), *columns[1:].view(np.float32))
 
 
 def ended(batch: RunningBatch) -> np.ndarray:
@@ -155,7 +173,7 @@ class StepRows(Generic[Array]):
 
     def on(self: StepRows[np.ndarray], device: torch.device) -> StepRows[Tensor]:
         """The same as tensors."""
-        return StepRows(*(_on(device, getattr(self, field.name)) for field in fields(self)))
+        return StepRows(*upload([getattr(self, field.name) for field in fields(self)], device))
 
 
 class DecodeAttend:
@@ -187,7 +205,3 @@ class DecodeAttend:
             self._rows.tail_length,
             window=window,
         )
-
-
-def _on(device: torch.device, array: np.ndarray) -> Tensor:
-    return torch.from_numpy(array).to(device, non_blocking=True)

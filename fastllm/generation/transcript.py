@@ -39,17 +39,22 @@ class Transcript:
     def give_back(self, place: int) -> None:
         self._free.append(place)
 
-    def record(self, places: np.ndarray, counts: np.ndarray, drawn: Drawn) -> None:
+    def record(
+        self, places: np.ndarray, counts: np.ndarray, drawn: Drawn, lengths: np.ndarray
+    ) -> None:
         """Append what a token step drew.
 
         Args:
             places: of the rows [B].
             counts: tokens that each row has now, these included [B].
+            lengths: how many of these each row has [B]; what it drew after them is nobody's.
         """
-        steps = len(drawn.token_ids)
-        at = counts + np.arange(-steps, 0)[:, None]
+        step = np.arange(len(drawn.token_ids))[:, None]
+        valid = step < lengths
+        at = (counts - lengths + step)[valid]
+        places = np.broadcast_to(places, valid.shape)[valid]
         for column, values in zip(self._columns, drawn, strict=True):
-            column[places, at] = values
+            column[places, at] = values[valid]
 
     def of(self, place: int, count: int, first: int = 0) -> Tokens:
         """What a place holds: the tokens from `first` up to `count`."""

@@ -22,8 +22,7 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is not None and x.numel() <= _FEW_NUMBERS:
             return self.packed(x)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return ops.linear(x, self.weight.to(x.dtype), bias)
+        return ops.linear(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from .layers import Linear
 from .lora_config import LoraConfig
 
@@ -30,10 +31,17 @@ class LoRALinear(Linear):
         self.enabled = True
 
     def forward(self, x: Tensor) -> Tensor:
-        out = super().forward(x)
         if not self.enabled:
-            return out
-        return out + self.lora_B(self.lora_A(self.dropout(x))) * self.scaling
+            return super().forward(x)
+        return ops.lora_linear(
+            x,
+            self.weight,
+            self.bias,
+            self.lora_A.weight,
+            self.lora_B.weight,
+            self.scaling,
+            self.dropout.p if self.training else 0.0,
+        )
 
 
 def add_lora(model: Any, config: LoraConfig) -> None:

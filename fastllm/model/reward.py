@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from ..layout import PackedLayout
 from . import weights
 from .config import REWARD_MODEL, ModelConfig
@@ -41,9 +42,11 @@ class RewardModel(nn.Module):
         Returns:
             [N], fp32.
         """
-        hidden = self.model(input_ids, PackedAttend(layout, rows), rows)
-        # The head is tiny and its scores are compared with each other: fp32 costs nothing.
-        return torch.mv(hidden.float(), self.score.weight[0].float())
+        return ops.reward_scores(self.hidden(input_ids, layout, rows), self.score.weight)
+
+    def hidden(self, input_ids: Tensor, layout: PackedLayout, rows: Tensor) -> Tensor:
+        """Hidden states of packed tokens [T] at the rows to score: [N, C]."""
+        return self.model(input_ids, PackedAttend(layout, rows), rows)
 
     def forward(self, input_ids: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Scores of a right-padded batch.

@@ -73,9 +73,11 @@ class Attention(nn.Module):
         q = self.q_proj(asking).view(-1, self.q_proj.out_features // self.head_dim, self.head_dim)
         k = self.k_proj(x).view(-1, self.k_proj.out_features // self.head_dim, self.head_dim)
         v = self.v_proj(x).view(k.shape)
-        if hasattr(self, "q_norm"):
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = self._rotate(q, k, rotary, attend.positions, rows)
+        if rows is None:
+            q, k = ops.rope(q, k, *rotary, attend.positions, **self.norms())
+        else:
+            of_keys = attend.positions
+            q, k = ops.rope(q, k, *rotary, of_keys[rows], k_positions=of_keys, **self.norms())
         out = attend(self.layer, q, k, v, rows, self.window)
         return self.o_proj(out.flatten(1))
 
@@ -83,20 +85,12 @@ class Attention(nn.Module):
         """Query, key, value, output."""
         return self.q_proj, self.k_proj, self.v_proj, self.o_proj
 
-    @staticmethod
-    def _rotate(
-        q: Tensor,
-        k: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        positions: Tensor,
-        rows: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        if rows is None:
-            return ops.rope(q, k, *rotary, positions)
-        # Queries and keys have different rows here: each is rotated with no partner.
-        rotated_q, _ = ops.rope(q, q[:, :0], *rotary, positions[rows])
-        _, rotated_k = ops.rope(k[:, :0], k, *rotary, positions)
-        return rotated_q, rotated_k
+    def norms(self) -> dict[str, Any]:
+        """What `ops.rope` is told of the norms of queries and keys; nothing without them."""
+        if not hasattr(self, "q_norm"):
+            return {}
+        weights = {"q_norm": self.q_norm.weight, "k_norm": self.k_norm.weight}
+        return {**weights, "eps": self.q_norm.eps}
 
 
 class MLP(nn.Module):
@@ -162,22 +156,23 @@ class Block(nn.Module):
             update,
             residual,
             self.input_layernorm,
-            [projection.weight for projection in self.self_attn.projections()],
-            self.self_attn.heads,
+            self.self_attn,
             rotary,
             attend.layout,
             attend.layout if rows is None else attend.selected,
             rows,
-            self.self_attn.window,
         )
-        mlp = [projection.weight for projection in self.mlp.projections()]
-        return fused.mlp_half(raw, update, residual, self.post_attention_layernorm, mlp)
+        return fused.mlp_half(raw, update, residual, self.post_attention_layernorm, self.mlp)
 
     def _is_plain(self) -> bool:
-        """Whether the projections are no more than matrices: no adapters, biases or query norms."""
-        projections = (*self.self_attn.projections(), *self.mlp.projections())
-        plain = all(type(p) is Linear and p.bias is None for p in projections)
-        return plain and not hasattr(self.self_attn, "q_norm")
+        """Whether the projections are matrices, with biases for queries, keys and values at most.
+
+        No adapters, that is, and no other biases.
+        """
+        *inward, output = self.self_attn.projections()
+        others = output, *self.mlp.projections()
+        plain = all(type(p) is Linear for p in (*inward, *others))
+        return plain and all(p.bias is None for p in others)
 
 
 class Trunk(nn.Module):
@@ -192,6 +187,7 @@ class Trunk(nn.Module):
         self.rotary = RotaryTable(config)
         self.compute_dtype: torch.dtype | None = None
         self.gradient_checkpointing = False
+        self.recomputed_layers: int | None = None  # how many, the first ones; None for all
 
     def forward(self, input_ids: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
         """Hidden states after the final norm.
@@ -214,10 +210,19 @@ class Trunk(nn.Module):
         update, residual = self._run(self.layers[-1], update, residual, rotary, attend, rows)
         return self.norm.add(update, residual)[0]
 
-    def _run(self, layer: nn.Module, *inputs: object) -> tuple[Tensor, Tensor]:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(layer, *inputs, use_reentrant=False)
-        return layer(*inputs)
+    def recomputes(self, layer: int) -> bool:
+        """Whether the backward pass computes a layer again instead of keeping what it made.
+
+        The first layers come last in the backward pass, when the others' memory is free again.
+        """
+        limit = self.recomputed_layers
+        return self.gradient_checkpointing and (limit is None or layer < limit)
+
+    def _run(self, layer: Any, *inputs: object) -> tuple[Tensor, Tensor]:
+        if not (torch.is_grad_enabled() and self.recomputes(layer.self_attn.layer)):
+            return layer(*inputs)
+        draws = any(isinstance(m, nn.Dropout) and m.p > 0 for m in layer.modules())
+        return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=draws)
 
 
 class Transformer(nn.Module):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..layout import NO_PREFIX, PackedLayout
-from . import backend
+from . import backend, varlen
 from .inputs import as_heads, needs_grad
 
 
@@ -40,15 +40,50 @@ def attention(
 
     Raises:
         ValueError: shapes, dtypes or a window that do not fit.
+        RuntimeError: FASTLLM_ATTENTION asks for what cannot serve (see varlen.py).
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     _check(q, k, v, layout, scale, window)
+    if varlen.requested():
+        return varlen.attend(q, k, v, layout, scale, window)
     raw = backend.kernels("attention", q, k, v)
     if raw is None:
         return attention_reference(q, k, v, layout, scale, window)
     if needs_grad(q, k, v):
         return _Attention.apply(q, k, v, layout, scale, window or 0, raw)
     return raw.forward(*(as_heads(t, raw) for t in (q, k, v)), layout, scale, window or 0)[0]
+
+
+def prepare_layout(
+    layout: PackedLayout,
+    dtype: torch.dtype,
+    heads: int,
+    key_heads: int,
+    head_dim: int,
+    window: int | None = None,
+    backward: bool = True,
+    device: torch.device | str | None = None,
+) -> None:
+    """Make all tables that `attention` will read, before there are tensors to attend with.
+
+    Args:
+        dtype, heads, key_heads, head_dim: of q [N, H, D] and k, v [T, K, D].
+        window: as in `attention`.
+        backward: whether there will be a backward pass.
+        device: where the tensors will be; the layout may still be elsewhere (see
+            `PackedLayout.tables`). That of the layout when None.
+    """
+    device = layout.device if device is None else torch.device(device)
+    tables = [layout.starts, layout.prefix, layout.positions, layout.ticket]
+    raw = backend.kernels_for("attention", device.type, dtype)
+    if raw is not None and hasattr(raw, "prepare"):
+        raw.prepare(layout, dtype, heads, key_heads, head_dim, window or 0, backward)
+        return
+    tables += [layout.query_rows, layout.query_starts]
+    if raw is None:
+        _ = layout.offsets, layout.query_offsets
+    elif backward:
+        tables += [layout.children_starts, layout.children]
 
 
 def attention_reference(
@@ -61,7 +96,7 @@ def attention_reference(
 ) -> Tensor:
     """The definition of `attention` in PyTorch: one dense attention for each segment."""
     outputs = [q[:0]]
-    queries, positions = layout.query_starts.tolist(), layout.positions
+    queries, positions = layout.query_offsets, layout.positions
     for segment, prefix in enumerate(layout.prefix_of):
         own = slice(queries[segment], queries[segment + 1])
         if own.start == own.stop:

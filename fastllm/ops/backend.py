@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cpp
+from . import cpp, registered, varlen
+from .tracing import traced_as_constant
 
 OPS = (
     "rms_norm",
@@ -68,15 +69,49 @@ def kernels(op: str, *tensors: Tensor | None) -> Any | None:
     Raises:
         RuntimeError: an explicitly requested backend cannot serve these tensors.
     """
-    given = [t for t in tensors if t is not None]
-    device, dtype = given[0].device, given[0].dtype
-    backend = _choose(requested(), device.type, dtype)
+    first = tensors[0]
+    assert first is not None
+    device = first.device
+    for tensor in tensors:
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{op}: all tensors must be on {device}, found one on {tensor.device}")
+    if torch.compiler.is_compiling():
+        return _registered(op, device.type, first.dtype)
+    return _kernels(op, requested(), device.type, first.dtype)
+
+
+def kernels_for(op: str, device: str, dtype: torch.dtype) -> Any | None:
+    """The same for tensors of a kind that are still to come."""
+    return _kernels(op, requested(), device, dtype)
+
+
+@cache
+def _kernels(op: str, name: str, device: str, dtype: torch.dtype) -> Any | None:
+    backend = _choose(name, device, dtype)
     if backend == "torch":
         return None
-    for tensor in given[1:]:
-        if tensor.device != device:
-            raise ValueError(f"{op}: all tensors must be on {device}, found one on {tensor.device}")
     return getattr(cpp, op) if backend == "cpp" else _triton_module(op)
+
+
+def _registered(op: str, device: str, dtype: torch.dtype) -> Any | None:
+    """The same as operators that the compiler knows."""
+    backend = _serving(op, device, dtype)
+    if backend == "torch":
+        return None
+    if backend == "cpp":
+        return registered.cpp_attention if op == "attention" else getattr(cpp, op)
+    return getattr(registered, op)
+
+
+@traced_as_constant
+def _serving(op: str, device: str, dtype: torch.dtype) -> str:
+    """Which backend serves; a compiled function keeps the one that it was compiled with."""
+    backend = _choose(requested(), device, dtype)
+    if backend == "triton":
+        registered.register(op)
+    if backend == "cpp" and op == "attention":
+        registered.register("cpp_attention")
+    return backend
 
 
 def report() -> dict[str, dict[str, str]]:
@@ -88,7 +123,10 @@ def report() -> dict[str, dict[str, str]]:
     devices = ["cpu"]
     devices += ["cuda"] if torch.cuda.is_available() else []
     devices += ["mps"] if torch.backends.mps.is_available() else []
-    return {op: {device: _explain(device) for device in devices} for op in OPS}
+    found = {op: {device: _explain(device) for device in devices} for op in OPS}
+    if varlen.requested() and "cuda" in devices:
+        found["attention"]["cuda"] = varlen.explain()
+    return found
 
 
 def _explain(device: str) -> str:
@@ -163,7 +201,8 @@ def _triton_module(op: str) -> ModuleType:
 
 
 def _from_environment() -> str:
-    return _checked(os.environ.get("FASTLLM_BACKEND", "auto"), "FASTLLM_BACKEND")
+    name = os.environ.get("FASTLLM_BACKEND")
+    return "auto" if name is None else _checked(name, "FASTLLM_BACKEND")
 
 
 def _checked(name: str, source: str) -> str:

@@ -76,9 +76,15 @@ def _loaded() -> ModuleType:
     return extension
 
 
-@cache
 def _op(name: str) -> Any:
     """One op; its only overload, because looking for it takes longer than a small kernel."""
+    if torch.compiler.is_compiling():
+        return getattr(torch.ops.fastllm, name).default
+    return _found(name)
+
+
+@cache
+def _found(name: str) -> Any:
     _loaded()
     return getattr(torch.ops.fastllm, name).default
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import backend
 from .inputs import as_rows, needs_grad
+from .working import working
 
 
 def rms_norm(
@@ -18,7 +19,7 @@ def rms_norm(
 
     Args:
         x: [..., C], fp32, bf16 or fp16 (fp64 on the PyTorch backend).
-        weight: [C]; cast to the dtype of x.
+        weight: [C], of any floating dtype.
         eps: added to the mean square.
         residual: [..., C], like x.
 
@@ -41,11 +42,9 @@ def rms_norm(
     if raw is None:
         return rms_norm_reference(x, weight, eps, residual)
     if needs_grad(x, weight, residual):
-        y, h = _RMSNorm.apply(x, weight, eps, residual, raw)
-    else:
-        y, h, _ = _forward(x, weight.to(x.dtype), eps, residual, raw)
-        y, h = y.view(x.shape), None if residual is None else h.view(x.shape)
-    return y if residual is None else (y, h)
+        return _RMSNorm.apply(x, weight, eps, residual, raw)
+    y, h, _ = _forward(x, as_weight(weight, x.dtype, raw), eps, residual, raw)
+    return _shaped(y, x) if residual is None else (_shaped(y, x), _shaped(h, x))
 
 
 def rms_norm_reference(
@@ -59,36 +58,49 @@ def rms_norm_reference(
     return y if residual is None else (y, h)
 
 
+def as_weight(weight: Tensor, dtype: torch.dtype, raw: Any) -> Tensor:
+    """The weight as the kernels `raw` read it beside rows of this dtype."""
+    if getattr(raw, "CASTS_WEIGHTS", False):
+        return weight.contiguous()
+    return working(weight, dtype).contiguous()
+
+
+def _shaped(rows: Tensor, like: Tensor) -> Tensor:
+    return rows if like.dim() == 2 else rows.view(like.shape)
+
+
 def _forward(
     x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, raw: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     added = None if residual is None else as_rows(residual, raw)
-    return raw.forward(as_rows(x, raw), weight.contiguous(), eps, added)
+    return raw.forward(as_rows(x, raw), weight, eps, added)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, raw: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        narrow = weight.to(x.dtype)
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        narrow = as_weight(weight, x.dtype, raw)
         y, h, rstd = _forward(x, narrow, eps, residual, raw)
-        h = x if residual is None else h.view(x.shape)
+        h = x if residual is None else _shaped(h, x)
         ctx.save_for_backward(h, narrow, rstd)
         ctx.raw, ctx.fused, ctx.weight_dtype = raw, residual is not None, weight.dtype
         ctx.set_materialize_grads(False)
-        return y.view(x.shape), h if ctx.fused else None
+        return (_shaped(y, x), h) if ctx.fused else _shaped(y, x)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, dy: Tensor | None, dh: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
         if dy is None:
             return dh, None, None, dh if ctx.fused else None, None
         h, weight, rstd = ctx.saved_tensors
         raw, needs_weight = ctx.raw, ctx.needs_input_grad[1]
         others = None if dh is None else as_rows(dh, raw)
         dx, dweight = raw.backward(
-            as_rows(dy, raw), others, as_rows(h, raw), weight.contiguous(), rstd, needs_weight
+            as_rows(dy, raw), others, as_rows(h, raw), weight, rstd, needs_weight
         )
-        dx = dx.view(h.shape)
+        dx = _shaped(dx, h)
         dweight = dweight.to(ctx.weight_dtype) if needs_weight else None
         return dx, dweight, None, dx if ctx.fused else None, None

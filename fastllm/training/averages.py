@@ -71,13 +71,18 @@ def _waiting(scalar: Tensor | float) -> Tensor | float:
 
 def on_host(scalars: Sequence[Tensor | float]) -> list[float]:
     """The values of scalars; those on a device come over together, in one transfer."""
-    far = [x for x in scalars if isinstance(x, Tensor) and x.device.type != "cpu"]
+    far: dict[torch.dtype, list[int]] = {}
+    for index, x in enumerate(scalars):
+        if isinstance(x, Tensor) and x.device.type != "cpu":
+            far.setdefault(x.dtype, []).append(index)
     if not far:
         return [float(x) for x in scalars]
-    dtype = torch.float32 if far[0].device.type == "mps" else torch.float64  # MPS has no fp64
-    values = iter(torch.stack([x.to(dtype) for x in far]).tolist())
-    ours = {id(x) for x in far}
-    return [next(values) if id(x) in ours else float(x) for x in scalars]
+    # One launch for each dtype, not for each scalar.
+    stacks = [torch.stack([scalars[i] for i in indices]) for indices in far.values()]  # type: ignore[misc]
+    wide = torch.float32 if stacks[0].device.type == "mps" else torch.float64  # MPS has no fp64
+    values = torch.cat([stack.to(wide) for stack in stacks]).tolist()
+    found = dict(zip((i for indices in far.values() for i in indices), values, strict=True))
+    return [found[i] if i in found else float(x) for i, x in enumerate(scalars)]
 
 
 def _of_all_ranks(names: Iterable[str]) -> list[str]:

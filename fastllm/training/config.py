@@ -45,8 +45,8 @@ class TrainingConfig:
     use_cpu: bool = False
     """Train on the CPU even where there is a GPU."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Arithmetic of the step; weights and optimizer state stay fp32. auto: bf16 on CUDA devices
-    that have it, else fp32. fp16 scales the loss."""
+    """Arithmetic of the step; weights and optimizer state stay fp32 (see stochastic_rounding and
+    optim_state_dtype). auto: bf16 on CUDA devices that have it, else fp32. fp16 scales the loss."""
     bf16: bool | None = None
     """TRL's switch for `dtype`: True is bf16, False forbids it under auto."""
     fp16: bool = False
@@ -70,8 +70,20 @@ class TrainingConfig:
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm; 0 for no clipping."""
+    stochastic_rounding: bool = False
+    """Under bf16, keep the weights themselves in bf16 and round each update up or down at random,
+    right on average, instead of fp32 weights with bf16 copies: 4 bytes less for each parameter. The
+    saved model is bf16."""
+    optim_state_dtype: Literal["fp32", "bf16"] = "fp32"
+    """AdamW's two moments. bf16 is rounded stochastically: 4 bytes less for each parameter."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
+    gradient_checkpointing_layers: int | None = None
+    """With gradient_checkpointing, how many layers (the first ones) are recomputed; None for all,
+    -1 for as few as the prediction of memory allows on this GPU."""
+    cuda_graphs: bool = False
+    """SFT and reward models on CUDA: replay a pass from a graph captured for its rounded-up sizes,
+    which spares small models the launches."""
     seed: int = 42
     dataloader_num_workers: int = 1
     """Threads (in TRL: processes) that pack coming batches while a step is computed; 0: none."""
@@ -121,6 +133,24 @@ class TrainingConfig:
             raise ValueError(f"learning_rate must not be negative, found {self.learning_rate}")
         if self.fp16 and self.bf16:
             raise ValueError("fp16 and bf16 are both True: choose one")
+        if self.stochastic_rounding and (self.fp16 or self.dtype in ("fp32", "fp16")):
+            found = "fp16" if self.fp16 else self.dtype
+            raise ValueError(f"stochastic_rounding: expected dtype bf16, found {found}")
+        self._check_recomputation()
+
+    def _check_recomputation(self) -> None:
+        layers = self.gradient_checkpointing_layers
+        if layers is None:
+            return
+        if not self.gradient_checkpointing:
+            raise ValueError(
+                f"gradient_checkpointing_layers is {layers}, but gradient_checkpointing is off"
+            )
+        if layers < -1:
+            raise ValueError(
+                "gradient_checkpointing_layers: expected a number of layers, -1 or None; "
+                f"found {layers}"
+            )
 
     def _choices(self) -> None:
         """Literal fields take one of their values."""
@@ -251,6 +281,11 @@ class GRPOConfig(TrainingConfig):
         self._check_deterministic()
 
     def _check_counts(self) -> None:
+        if self.cuda_graphs:
+            raise ValueError(
+                "cuda_graphs: expected False for GRPO, whose passes have the sizes of what was "
+                "sampled (generation has graphs of its own)"
+            )
         for name in ("max_completion_length", "num_iterations"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")

@@ -16,12 +16,15 @@ from torch import Tensor
 
 Value = TypeVar("Value", int, float, Tensor)
 
+_HOST = torch.device("cpu")
+
 
 def start(device: torch.device | str = "cpu") -> None:
     """Join the other processes where torchrun's environment says that there are any.
 
-    CUDA devices talk over NCCL, all others over gloo. A process group that is already there is
-    kept. With CUDA, this process takes the device of its local rank.
+    Tensors on CUDA devices talk over NCCL, all others and the host's own numbers over gloo, so
+    that a count does not wait for a device. A process group that is already there is kept. With
+    CUDA, this process takes the device of its local rank.
 
     Raises:
         ValueError: an incomplete environment.
@@ -37,7 +40,7 @@ def start(device: torch.device | str = "cpu") -> None:
     on_cuda = torch.device(device).type == "cuda"
     if on_cuda:
         torch.cuda.set_device(local_rank())
-    dist.init_process_group("nccl" if on_cuda else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
 
 
 def stop() -> None:
@@ -107,7 +110,7 @@ def _reduce(value: Value, operation: dist.ReduceOp.RedOpType) -> Value:
     if world_size() == 1:
         return value.clone() if isinstance(value, Tensor) else value
     if isinstance(value, Tensor):
-        on_device = value.to(_device(), copy=True).contiguous()
+        on_device = value.to(_device(value.device), copy=True).contiguous()
         dist.all_reduce(on_device, operation)
         return on_device.to(value.device)
     dtype = torch.int64 if isinstance(value, int) else torch.float64
@@ -116,8 +119,10 @@ def _reduce(value: Value, operation: dist.ReduceOp.RedOpType) -> Value:
     return type(value)(total.item())
 
 
-def _device() -> torch.device:
-    """Where NCCL or gloo expects its tensors."""
-    if dist.get_backend() == "nccl":
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+def _device(wanted: torch.device | str = "cpu") -> torch.device:
+    """Where the process group expects its tensors: where they are, if it can."""
+    backends = dist.get_backend()
+    if torch.device(wanted).type == "cuda" and "nccl" in backends:
+        return torch.device(wanted)
+    # NCCL alone: a group that was there before this run.
+    return torch.device("cuda", torch.cuda.current_device()) if backends == "nccl" else _HOST

@@ -27,6 +27,9 @@ from .sampler import EpochSampler
 from .scoring import EarlyScores, Scorer, Scores
 from .timings import Timings
 
+ENGINE_OPTIONS = ("max_batch_size", "cache_bytes", "prefill_tokens", "weights", "step")
+"""Keywords of `generate` that an engine is made with."""
+
 _ROUND_SHIFT = 40
 """Request ids of a round lie above those of the rounds before it."""
 
@@ -77,6 +80,7 @@ class GroupSource:
         self._model, self._prompts, self._sampler = model, prompts, sampler
         self._scorer, self._config, self._timings = scorer, config, timings
         self._options = sampling_options(config, scorer.tokenizer)
+        self._engine: generation.Engine | None = None
 
     @property
     def rollouts_per_epoch(self) -> int:
@@ -149,12 +153,23 @@ class GroupSource:
                 seed=self._config.seed,
                 request_ids=request_ids,
                 stats=stats,
-                **self._options,
+                **self._rollout_options(),
                 **more,
             )
         self._timings.add("decode", -stats.prefill_seconds)
         self._timings.add("prefill", stats.prefill_seconds)
         return completions
+
+    def _rollout_options(self) -> dict[str, Any]:
+        """Keywords of `generate`; on a GPU the engine stays, for its graphs and its memory."""
+        if next(self._model.parameters()).device.type != "cuda":
+            return self._options
+        own = {name: v for name, v in self._options.items() if name in ENGINE_OPTIONS}
+        if self._engine is None:
+            self._engine = generation.Engine(self._model, self._options.get("tokenizer"), **own)
+        else:
+            self._engine.update_weights()
+        return {n: v for n, v in self._options.items() if n not in own} | {"engine": self._engine}
 
     def _grouped(
         self, prompts: Sequence[EncodedPrompt], completions: list[Completion], scores: Scores

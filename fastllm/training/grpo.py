@@ -17,7 +17,9 @@ from ..data.records import PromptRecord, prompt_records
 from ..data.tasks import exact_match, generate_tasks, grpo_prompts
 from ..model.lora import disable_lora
 from ..model.transformer import Transformer
+from ..ops.decode_attention import BLOCK
 from . import distributed
+from .activations import PassSize
 from .averages import Averages, Metric
 from .completions_log import write_completions
 from .config import GRPOConfig
@@ -150,7 +152,7 @@ class GRPOTrainer(Trainer):
             self.device,
             self.dtype,
         )
-        self._log, self._agreement = RewardLog(), SamplerAgreement()
+        self._log, self._agreement = RewardLog(), SamplerAgreement(self.device)
         self._reference = self._reference_model()
         self._check_deterministic()
 
@@ -171,7 +173,7 @@ class GRPOTrainer(Trainer):
         return RolloutSource(
             self.model,
             GroupSource(self.model, self._prompts, sampler, scorer, config, timings),
-            PassPlan(config, self.device, pad),
+            PassPlan(config, self.placement, pad),
             config,
             reward_names=self.rewards.names,
             policy_logp=self._policy_logp,
@@ -240,6 +242,18 @@ class GRPOTrainer(Trainer):
         averages.add({"completions/mean_length": (sum(lengths), len(lengths))})
         return {f"eval_{name}": value for name, value in averages.pop().items()}
 
+    def largest_pass(self, source: RolloutSource) -> PassSize:
+        """What completions of full length would make of it."""
+        config, longest = self.args, max(len(p.input_ids) for p in self._prompts)
+        completions = config.per_device_train_batch_size
+        targets = completions * config.max_completion_length
+        prompts = -(-completions // config.num_generations) if config.share_prefix else completions
+        tokens = targets + prompts * longest
+        if config.max_tokens_per_pass is not None:
+            tokens = config.max_tokens_per_pass
+            targets = min(targets, tokens)
+        return PassSize(tokens, targets, targets)
+
     # -- parts ---------------------------------------------------------------------------------
 
     def _encode(self, records: list[PromptRecord]) -> list[EncodedPrompt]:
@@ -266,7 +280,7 @@ class GRPOTrainer(Trainer):
     def _logp(self, model: Transformer, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         hidden = model.hidden(batch.input_ids, batch.layout, batch.rows)
         return ops.linear_logprob(
-            hidden[batch.source],
+            batch.of_targets(hidden),
             model.lm_head.weight,
             batch.targets,
             temperature=self.args.temperature or 1.0,
@@ -280,11 +294,13 @@ class GRPOTrainer(Trainer):
         log-probabilities and the entropies, without gradient."""
         hidden = model.hidden(batch.input_ids, batch.layout, batch.rows)
         return ops.linear_cross_entropy(
-            hidden[batch.source],
+            batch.of_targets(hidden),
             model.lm_head.weight,
             batch.targets,
             credit[batch.sequence],
             temperature=self.args.temperature or 1.0,
+            # The log-probabilities are compared with the sampler's.
+            logits_dtype=torch.float32,
         )
 
     @torch.no_grad()
@@ -305,6 +321,22 @@ class GRPOTrainer(Trainer):
         if self.args.beta == 0 or hasattr(self.model, "lora_config"):
             return None
         return frozen_copy(self.model)  # type: ignore[return-value]
+
+    def _memory_beside(self) -> dict[str, Any]:
+        models = [] if self._reference is None else [self._reference]
+        return {"others": [*models, *self.rewards.modules], "cache": self._cache_bytes()}
+
+    def _cache_bytes(self) -> int:
+        """Keys and values of the completions that are sampled at a time, at their full length."""
+        args, config = self.args, self.model.config
+        limits = args.generation_kwargs or {}
+        count = args.per_device_train_batch_size * args.passes_per_rollout
+        count = min(count, limits.get("max_batch_size") or count)
+        longest = max(len(p.input_ids) for p in self._prompts)
+        prompts = -(-count // args.num_generations)
+        tokens = count * (args.max_completion_length + BLOCK) + prompts * (longest + BLOCK)
+        of_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+        return min(tokens * of_token * self.dtype.itemsize, limits.get("cache_bytes") or 1 << 62)
 
     def _reward_metric_names(self) -> list[str]:
         return [f"rewards/{name}/mean" for name in self.rewards.names]

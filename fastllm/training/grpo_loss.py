@@ -133,8 +133,12 @@ def normaliser(config: GRPOConfig, completions: int, loss_tokens: float) -> floa
 
 def _sequence_mean(values: Tensor, tokens: Tokens) -> Tensor:
     """Mean over each completion, given to each of its tokens [M]."""
-    sums = values.new_zeros(tokens.lengths.shape).index_add(0, tokens.sequence, values)
-    return (sums / tokens.lengths.clamp(min=1))[tokens.sequence]
+    zeros, sequence = values.new_zeros(tokens.lengths.shape), tokens.sequence
+    if values.is_cuda:  # index_add adds with atomics there: in any order
+        sums = zeros.index_put((sequence,), values, accumulate=True)
+    else:
+        sums = zeros.index_add(0, sequence, values)
+    return (sums / tokens.lengths.clamp(min=1))[sequence]
 
 
 def _clip_metrics(

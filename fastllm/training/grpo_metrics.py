@@ -69,10 +69,13 @@ class SamplerAgreement:
     """The trainer's log-probabilities against the sampler's, token for token, over a step.
 
     Both are of the weights that sampled: what the ratio differs from 1 by is arithmetic.
+
+    Args:
+        device: of the log-probabilities.
     """
 
-    def __init__(self) -> None:
-        self._differences: list[Tensor] = []
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self._device, self._differences = device, list[Tensor]()
 
     def add(self, trainer_logp: Tensor, sampler_logp: Tensor) -> None:
         """The tokens of a pass [M]."""
@@ -81,21 +84,21 @@ class SamplerAgreement:
     def take(self) -> dict[str, Metric]:
         """Metrics of the passes since the last call, over all ranks; they call this together."""
         parts, self._differences = self._differences, []
-        log_ratio = torch.cat(parts) if parts else torch.empty(0)
+        log_ratio = torch.cat(parts) if parts else torch.empty(0, device=self._device)
         ratio, distance = log_ratio.exp(), log_ratio.abs()
         metrics: dict[str, Metric] = {
             "sampling/sampling_logp_difference/mean": (distance.sum(), distance.numel()),
             "sampling/importance_sampling_ratio/mean": (ratio.sum(), ratio.numel()),
         }
+        if not distributed.all_reduce_max(log_ratio.numel()):
+            return metrics
         # Of what one rank has no tokens of, the others have the extremes.
         extremes = torch.full((3,), -torch.inf, device=log_ratio.device)
         if log_ratio.numel():
             extremes = torch.stack([distance.max(), ratio.max(), -ratio.min()])
-        furthest, highest, lowest = distributed.all_reduce_max(extremes).tolist()
-        if furthest >= 0:
-            metrics |= {
-                "sampling/sampling_logp_difference/max": (furthest, 1),
-                "sampling/importance_sampling_ratio/max": (highest, 1),
-                "sampling/importance_sampling_ratio/min": (-lowest, 1),
-            }
-        return metrics
+        furthest, highest, lowest = distributed.all_reduce_max(extremes).unbind()
+        return metrics | {
+            "sampling/sampling_logp_difference/max": (furthest, 1),
+            "sampling/importance_sampling_ratio/max": (highest, 1),
+            "sampling/importance_sampling_ratio/min": (-lowest, 1),
+        }

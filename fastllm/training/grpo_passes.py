@@ -9,10 +9,11 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from ..data.packing import TokenBatch, pack_groups
+from ..data.packing import TokenBatch, moved, pack_groups
 from .config import GRPOConfig
 from .grpo_loss import normaliser, token_weights
-from .loop import Pass
+from .passes import Pass
+from .prefetch import Placement
 
 
 @dataclass
@@ -49,6 +50,9 @@ class GRPOBatch:
     skipped: int = 0
     """Loss tokens of the step that no pass computes, counted in its first pass."""
 
+    def to(self, device: torch.device | str) -> GRPOBatch:
+        return moved(self, device)
+
 
 class PassPlan:
     """Divides the completions of a step into passes.
@@ -59,12 +63,15 @@ class PassPlan:
 
     Args:
         config: how to divide and pack, and the loss whose normaliser counts.
-        device: where batches go.
+        place: puts a batch where it is computed.
         pad_token_id: filling where `packing` is off.
     """
 
-    def __init__(self, config: GRPOConfig, device: torch.device, pad_token_id: int) -> None:
-        self._config, self._device, self._pad = config, device, pad_token_id
+    def __init__(
+        self, config: GRPOConfig, place: torch.device | Placement, pad_token_id: int
+    ) -> None:
+        self._config, self._pad = config, pad_token_id
+        self._place = place if isinstance(place, Placement) else Placement(place)
 
     def computed(self, sample: Sample) -> bool:
         """Whether a completion carries a gradient."""
@@ -99,13 +106,16 @@ class PassPlan:
         passes = []
         for indices in self.divide(samples):
             chosen = [samples[i] for i in indices]
-            batch = self._batch(chosen, [weights[i] for i in indices], skipped)
+            batch = self._place(self._batch(chosen, [weights[i] for i in indices], skipped))
             passes.append(Pass(batch, weight, read))
             skipped, weight, read = 0, 0.0, 0
         return passes
 
     def pack(self, samples: Sequence[Sample]) -> TokenBatch:
         """Completions after their prompts; neighbours share theirs where `share_prefix` is on."""
+        return self._place(self._packed(samples))
+
+    def _packed(self, samples: Sequence[Sample]) -> TokenBatch:
         prompts: list[list[int]] = []
         group = []
         for sample in samples:
@@ -122,25 +132,22 @@ class PassPlan:
             share_prefix=self._config.share_prefix,
             pad_to=longest,
             pad_token_id=self._pad,
-        ).to(self._device)
+        )
 
     def _batch(
         self, samples: Sequence[Sample], weights: Sequence[float], skipped: int
     ) -> GRPOBatch:
         remembered = any(s.old_logp is not None for s in samples)
-        old = self._floats([v for s in samples for v in s.old_logp or ()])
+        old = _floats([v for s in samples for v in s.old_logp or ()])
         return GRPOBatch(
-            tokens=self.pack(samples),
-            advantages=self._floats([s.advantage for s in samples]),
-            lengths=torch.tensor([len(s.completion_ids) for s in samples], device=self._device),
-            weights=self._floats(weights),
-            sampler_logp=self._floats([v for s in samples for v in s.logprobs]),
+            tokens=self._packed(samples),
+            advantages=_floats([s.advantage for s in samples]),
+            lengths=torch.tensor([len(s.completion_ids) for s in samples]),
+            weights=_floats(weights),
+            sampler_logp=_floats([v for s in samples for v in s.logprobs]),
             old_logp=old if remembered else None,
             skipped=skipped,
         )
-
-    def _floats(self, values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=self._device)
 
     def _by_tokens(self, samples: Sequence[Sample], limit: int) -> list[list[int]]:
         passes: list[list[int]] = [[]]
@@ -183,3 +190,7 @@ class _Load:
             tokens = rows * longest if not config.packing else tokens + own + (not shared) * prompt
             last = sample.prompt_ids
         return _Load(rows, longest, tokens, last)
+
+
+def _floats(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32)

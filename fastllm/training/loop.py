@@ -15,33 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint, distributed, snapshot, termination
-from .averages import Averages, Metric, on_host
+from .averages import Averages, Metric
 from .callbacks import Callbacks, TrainerControl, TrainerState
 from .config import TrainingConfig
 from .devices import keep_memory
 from .garbage import collector_spared
 from .logging import MetricsLog, Progress
 from .optimizer import Optimizer
+from .outcomes import NumericError, Outcomes, lag_of
+from .passes import LossFn, OpByOp, Pass, Passes
 from .schedule import learning_rate
 from .termination import Terminated
 
+__all__ = ["Hooks", "NumericError", "Pass", "Source", "TrainOutput", "fit"]
+
 _log = logging.getLogger("fastllm")
-
-
-class NumericError(RuntimeError):
-    """The loss or a gradient is not finite; the weights are those before the bad step."""
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One forward and backward pass: a micro-batch and what it counts for."""
-
-    batch: Any
-    """What the loss function takes."""
-    weight: float
-    """Its part of the step's normaliser: loss tokens, pairs, or as the loss defines it."""
-    tokens: int
-    """Tokens of its sequences, shared prefixes counted for each sequence, padding not."""
 
 
 class Source(Protocol):
@@ -63,10 +51,6 @@ class Source(Protocol):
 
     def close(self) -> None:
         """Training is over; what ran beside it ends."""
-
-
-# (model, batch) -> (sum of the loss over the batch, metrics)
-LossFn = Callable[[Any, Any], tuple[Tensor, dict[str, Metric]]]
 
 
 @dataclass
@@ -100,6 +84,7 @@ def fit(
     *,
     peak_learning_rate: float,
     scale_loss: bool = False,
+    passes: Callable[[Optimizer], Passes] | None = None,
     resume_from: Path | None = None,
 ) -> TrainOutput:
     """Train `model` on `source`.
@@ -112,6 +97,7 @@ def fit(
         hooks: evaluation, saving, callbacks and the state that they see.
         peak_learning_rate: `config.learning_rate`, or its default where that is None.
         scale_loss: scale the loss for fp16.
+        passes: how they are computed; op by op when None.
         resume_from: a committed checkpoint folder; the run continues bit for bit.
 
     Raises:
@@ -119,7 +105,9 @@ def fit(
         Terminated: the process got SIGTERM; a checkpoint is saved where the config saves any.
     """
     keep_memory(next(model.parameters()).device)
-    loop = _Loop(model, source, loss_fn, config, hooks, peak_learning_rate, scale_loss)
+    optimizer = Optimizer(model, config, scale_loss)
+    compute = OpByOp(model, loss_fn, optimizer) if passes is None else passes(optimizer)
+    loop = _Loop(model, source, compute, optimizer, config, hooks, peak_learning_rate)
     if resume_from is not None:
         loop.restore(resume_from)
     with collector_spared():
@@ -131,25 +119,27 @@ class _Loop:
         self,
         model: nn.Module,
         source: Source,
-        loss_fn: LossFn,
+        compute: Passes,
+        optimizer: Optimizer,
         config: TrainingConfig,
         hooks: Hooks,
         peak_learning_rate: float,
-        scale_loss: bool,
     ) -> None:
-        self.model, self.source, self.loss_fn = model, source, loss_fn
+        self.model, self.source, self.compute = model, source, compute
         self.config, self.hooks, self.state = config, hooks, hooks.state
-        self.peak = peak_learning_rate
-        self.optimizer = Optimizer(model, config, scale_loss)
+        self.peak, self.optimizer = peak_learning_rate, optimizer
         self.averages, self.control = Averages(), TrainerControl()
         self.state.max_steps = total_steps(config, source)
         self.state.is_world_process_zero = distributed.is_main()
-        self.loss_sum, self.started = 0.0, time.perf_counter()
+        self.device = next(model.parameters()).device
+        self.outcomes = Outcomes(
+            self.averages, self.state, optimizer.scaler.is_enabled(), lag_of(optimizer)
+        )
+        self.started = time.perf_counter()
         self.window_tokens, self.window_start = 0, self.started
         self.resumed = self.terminated = False
         self.done: dict[str, int] = {}  # the step after which each of these was last done
         self.duties = {"log": self._log_line, "eval": self.evaluate, "save": self.save}
-        self.device = next(model.parameters()).device
 
     def run(self) -> TrainOutput:
         first = self.state.global_step
@@ -166,6 +156,7 @@ class _Loop:
                 self.control.should_log = False
                 self.control.should_evaluate = self.control.should_save = False
             self._after_step()  # in case a callback asked to stop as the last thing
+            self.outcomes.settle()
         self._call("on_train_end")
         if self.terminated:
             self._leave()
@@ -214,23 +205,16 @@ class _Loop:
         step_loss = torch.zeros((), device=self.device)
         if not self.model.training:
             self.model.train()
+        self.compute.begin()
         for one in passes:
-            loss, metrics = self.loss_fn(self.model, one.batch)
-            # Dividing by the global count before summing makes the gradient that of the mean
-            # over the whole step, however it was cut into passes and ranks.
-            loss = loss / max(normaliser, 1e-12)
-            self.optimizer.backward(loss)
-            step_loss = step_loss + loss.detach()
+            loss, metrics = self.compute(one, max(normaliser, 1e-12))
+            step_loss = step_loss + loss
             self.averages.add(metrics)
         rate = learning_rate(self.config, self.peak, step, self.state.max_steps)
         step_loss = distributed.all_reduce_sum(step_loss)
-        norm, loss_value = on_host([self.optimizer.step(rate, step_loss), step_loss])
-        self._check_finite(step, loss_value, norm)
+        self.outcomes.add(self.optimizer.step(rate, step_loss), step_loss)
         self.averages.add(self.source.metrics())
-        self.averages.add({"loss": (loss_value, 1)})
-        if math.isfinite(norm):
-            self.averages.add({"grad_norm": (norm, 1)})
-        self.loss_sum += loss_value
+        self.outcomes.look()
         read = sum(p.tokens for p in passes)
         tokens, requests = map(int, distributed.sums(read, self.request.made))
         self.state.num_input_tokens_seen += tokens
@@ -245,18 +229,6 @@ class _Loop:
         if self.state.global_step % self.source.steps_per_epoch == 0:
             self._call("on_epoch_end")
 
-    def _check_finite(self, step: int, loss: float, norm: float) -> None:
-        overflow = self.optimizer.scaler.is_enabled() and math.isfinite(loss)
-        if math.isfinite(norm) and math.isfinite(loss):
-            return
-        if overflow:
-            _log.info("step %d: fp16 gradients overflowed, step skipped, scale lowered", step + 1)
-            return
-        raise NumericError(
-            f"step {step + 1}: loss {loss}, gradient norm {norm}. The weights were not changed and "
-            "nothing was saved; try a lower learning rate or dtype fp32"
-        )
-
     def _after_step(self) -> None:
         """Log, evaluate and save where it is due, each at most once for a step.
 
@@ -264,6 +236,7 @@ class _Loop:
         """
         for duty, act in self.duties.items():
             if self.done.get(duty) != self.state.global_step and self._due(duty):
+                self.outcomes.settle()
                 act()
                 self.done[duty] = self.state.global_step
 
@@ -326,7 +299,7 @@ class _Loop:
         state = {
             "trainer": vars(self.state),
             "scaler": self.optimizer.scaler.state_dict(),
-            "loss_sum": self.loss_sum,
+            "loss_sum": self.outcomes.loss_sum,
         }
         checkpoint.save_checkpoint(
             Path(self.config.output_dir),
@@ -354,7 +327,7 @@ class _Loop:
         snapshot.restore_random_state(tensors, state, self.device)
         self.optimizer.scaler.load_state_dict(state["scaler"])
         self.averages.restore(state["averages"])
-        self.loss_sum = state["loss_sum"]
+        self.outcomes.loss_sum = state["loss_sum"]
         own = {name: getattr(self.state, name) for name in ("max_steps", "is_world_process_zero")}
         vars(self.state).update(state["trainer"] | own)
         source = {
@@ -370,7 +343,7 @@ class _Loop:
     def _output(self, first: int) -> TrainOutput:
         seconds = time.perf_counter() - self.started
         steps = self.state.global_step
-        loss = self.loss_sum / max(1, steps)
+        loss = self.outcomes.loss_sum / max(1, steps)
         metrics = {
             "train_runtime": seconds,
             "train_steps_per_second": (steps - first) / seconds,

@@ -1,15 +1,26 @@
-"""AdamW with Transformers' groups, loss scaling for fp16, and the norm that is clipped."""
+"""AdamW with Transformers' groups, loss scaling for fp16, and the norm that is clipped.
+
+Where Triton serves, a step is three launches and the host learns nothing of it (DeviceAdamW); on
+the CPU, the C++ kernels clip and step in one pass (ScaledAdamW); elsewhere PyTorch's AdamW serves.
+"""
 
 from __future__ import annotations
 
+import logging
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..ops import backend, cpp
+from ..ops.optimizer import Settings
 from . import distributed
 from .config import TrainingConfig
+from .device_adamw import DeviceAdamW, LossScale, plain
+
+_log = logging.getLogger("fastllm")
 
 
 class ScaledAdamW:
@@ -64,9 +75,14 @@ class Optimizer:
     """One optimizer step from summed gradients.
 
     Args:
-        model: its trainable parameters are optimized; they must be fp32.
+        model: its trainable parameters are optimized: in fp32, or in bf16 where
+            `config.stochastic_rounding` says so. Working copies of them are kept up to date.
         config: learning rate apart, the settings of AdamW and clipping.
         scale_loss: fp16: keep gradients in range with a loss scale that adapts.
+
+    Raises:
+        ValueError: nothing to train, or weights in another dtype than the config says.
+        RuntimeError: an explicitly requested backend cannot do what the config says.
     """
 
     def __init__(self, model: nn.Module, config: TrainingConfig, scale_loss: bool) -> None:
@@ -74,7 +90,8 @@ class Optimizer:
         if not self.named_parameters:
             raise ValueError("the model has no trainable parameter")
         self._parameters = [p for _, p in self.named_parameters]
-        device = self._parameters[0].device.type
+        _check_dtypes(self.named_parameters, config.stochastic_rounding)
+        self._max_norm = config.max_grad_norm if config.max_grad_norm > 0 else math.inf
         # Norms and biases are one-dimensional; decaying them only hurts.
         decayed = [p for p in self._parameters if p.dim() > 1]
         others = [p for p in self._parameters if p.dim() <= 1]
@@ -82,6 +99,22 @@ class Optimizer:
             {"params": decayed, "weight_decay": config.weight_decay},
             {"params": others, "weight_decay": 0.0},
         ]
+        self.adamw: DeviceAdamW | ScaledAdamW | torch.optim.AdamW
+        self.scaler: LossScale | torch.amp.GradScaler
+        if _decides_on_device(self._parameters, config):
+            settings = Settings(
+                config.adam_beta1,
+                config.adam_beta2,
+                config.adam_epsilon,
+                self._max_norm,
+                config.seed,
+                scale_loss,
+            )
+            moments = torch.bfloat16 if config.optim_state_dtype == "bf16" else torch.float32
+            self.adamw = DeviceAdamW(groups, settings, moments)
+            self.scaler = self.adamw.scaler
+            return
+        device = self._parameters[0].device.type
         options: dict[str, Any] = {
             "betas": (config.adam_beta1, config.adam_beta2),
             "eps": config.adam_epsilon,
@@ -93,11 +126,10 @@ class Optimizer:
             and cpp.available()
             and all(map(_plain, self._parameters))
         )
-        self.adamw: ScaledAdamW | torch.optim.AdamW = (
+        self.adamw = (
             ScaledAdamW(groups, **options) if in_one_pass else torch.optim.AdamW(groups, **options)
         )
         self.scaler = torch.amp.GradScaler(device, enabled=scale_loss)
-        self._max_norm = config.max_grad_norm if config.max_grad_norm > 0 else float("inf")
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of one pass."""
@@ -112,23 +144,42 @@ class Optimizer:
 
         Returns:
             The gradient norm before clipping, a scalar. Where it or the loss is not finite, no
-            weight was changed, on any rank.
+            weight was changed, on any rank. Where Triton serves it is still to be computed when
+            this returns, and after one that is not finite no later step changes a weight either;
+            gradients of a scaled loss may overflow, and then only this step is left out.
         """
         # Summed before they are unscaled, so that every rank finds the same overflow.
         distributed.all_reduce_sum_(self._gradients())
-        self.scaler.unscale_(self.adamw)  # type: ignore[arg-type]  # it reads the groups only
-        for group in self.adamw.param_groups:
-            group["lr"] = learning_rate
-        if isinstance(self.adamw, ScaledAdamW):
-            norm = self._step_in_one_pass(self.adamw, loss)
+        if isinstance(self.adamw, DeviceAdamW):
+            norm = self.adamw.step_(loss, learning_rate)
         else:
-            norm = self._step_of_torch(self.adamw, loss)
-        self.scaler.update()
+            norm = self._step_of_host(self.adamw, learning_rate, loss)
         for parameter in self._parameters:
             parameter.grad = None
         return norm
 
+    def failed(self) -> bool:
+        """Whether a step has failed and no later one changes a weight; waits for the device."""
+        return isinstance(self.adamw, DeviceAdamW) and self.adamw.op.failed()
+
+    def _step_of_host(
+        self, adamw: ScaledAdamW | torch.optim.AdamW, learning_rate: float, loss: Tensor
+    ) -> Tensor:
+        assert isinstance(self.scaler, torch.amp.GradScaler)
+        self.scaler.unscale_(adamw)  # type: ignore[arg-type]  # it reads the groups only
+        for group in adamw.param_groups:
+            group["lr"] = learning_rate
+        if isinstance(adamw, ScaledAdamW):
+            norm = self._step_in_one_pass(adamw, loss)
+        else:
+            norm = self._step_of_torch(adamw, loss)
+        self.scaler.update()
+        # PyTorch does not count what its own fused kernels write.
+        torch.autograd.graph.increment_version(self._parameters)
+        return norm
+
     def _step_of_torch(self, adamw: torch.optim.AdamW, loss: Tensor) -> Tensor:
+        assert isinstance(self.scaler, torch.amp.GradScaler)
         norm = nn.utils.clip_grad_norm_(self._parameters, self._max_norm)
         if torch.isfinite(norm) & torch.isfinite(loss):
             self.scaler.step(adamw)
@@ -149,6 +200,30 @@ class Optimizer:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
         return [p.grad for p in self._parameters if p.grad is not None]
+
+
+def _decides_on_device(parameters: Sequence[Tensor], config: TrainingConfig) -> bool:
+    """Whether DeviceAdamW serves: where Triton does, and where only it has what is asked for."""
+    if config.stochastic_rounding or config.optim_state_dtype == "bf16":
+        return True
+    if backend.kernels("optimizer", *parameters) in (None, cpp.optimizer):
+        return False
+    if plain(parameters):
+        return True
+    problem = "a weight is not contiguous, or begins at no multiple of 16 bytes"
+    if backend.requested() == "triton":
+        raise RuntimeError(
+            f"backend 'triton' was requested but its optimizer cannot serve: {problem}"
+        )
+    _log.warning("optimizer: PyTorch's AdamW serves, because %s", problem)
+    return False
+
+
+def _check_dtypes(named: list[tuple[str, nn.Parameter]], stochastic: bool) -> None:
+    for name, parameter in named:
+        if (parameter.dtype == torch.bfloat16) != stochastic:
+            expected = "bfloat16 (stochastic_rounding)" if stochastic else "float32"
+            raise ValueError(f"{name}: expected weights in {expected}, found {parameter.dtype}")
 
 
 def _plain(parameter: Tensor) -> bool:

@@ -18,6 +18,7 @@ from ..data.packing import pack_completions
 from ..data.tokenizer import Tokenizer
 from ..model import weights
 from ..model.reward import RewardModel
+from ..ops.working import keep_copies
 from .start import tokenizer_of
 
 
@@ -84,6 +85,11 @@ class Rewards:
         """Which of the functions are reward models."""
         return [i for i, f in enumerate(self._functions) if isinstance(f, ModelReward)]
 
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The reward models themselves."""
+        return [f.model for f in self._functions if isinstance(f, ModelReward)]
+
     def each(self, rollout: Rollout, indices: Sequence[int], **context: Any) -> Tensor:
         """Rewards by the functions of these indices [B, len(indices)], fp32."""
         columns = [self._score(i, rollout, context) for i in indices]
@@ -135,8 +141,10 @@ class ModelReward:
                 f"vocabulary mismatch: the policy's tokenizer has {tokenizer.vocab_size:,} tokens, "
                 f"the reward model {model.config.vocab_size:,}"
             )
-        self._model = model.to(device).eval().requires_grad_(False)
-        self._model.model.compute_dtype = dtype
+        self.model: RewardModel = model.to(device).eval().requires_grad_(False)
+        self.model.model.compute_dtype = dtype
+        if device.type == "cuda":
+            keep_copies(self.model.parameters(), dtype)
         self._tokenizer, self._device = tokenizer, device
 
     def __call__(self, rollout: Rollout) -> Tensor:
@@ -148,7 +156,7 @@ class ModelReward:
             ended(ids, endings[isinstance(prompt, list)])
             for ids, prompt in zip(rollout.completion_ids, rollout.prompts, strict=True)
         ]
-        return score_completions(self._model, rollout.prompt_ids, completions, self._device)
+        return score_completions(self.model, rollout.prompt_ids, completions, self._device)
 
 
 def ended(ids: Sequence[int], ending: Sequence[int]) -> list[int]:

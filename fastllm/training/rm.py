@@ -16,10 +16,11 @@ from ..data.records import PreferenceRecord, preference_records
 from ..data.tasks import create_dummy_preference_data
 from ..model import weights
 from ..model.reward import RewardModel
+from .activations import PassSize
 from .averages import Metric
 from .batches import BatchSource, collated
 from .config import RewardConfig
-from .loop import Pass
+from .loop import Pass, total_steps
 from .sft import plain_texts
 from .start import Sizes, config_from, finish, starting_point
 from .trainer import Trainer, split_by_prompt
@@ -147,30 +148,37 @@ class RewardTrainer(Trainer):
         self._held_passes: list[Pass] | None = None
 
     def source(self) -> BatchSource:
-        return BatchSource(self._train, self._collate, self.args, self.device)
+        return BatchSource(self._train, self._collate, self.args, self.sending)
 
     def loss(self, model: Any, batch: PairBatch) -> tuple[Tensor, dict[str, Metric]]:
-        scores = model.score_rows(batch.input_ids, batch.layout, batch.rows)
-        chosen, rejected = scores[batch.chosen], scores[batch.rejected]
-        mean = ops.pairwise_loss(
-            chosen, rejected, batch.margin, self.args.center_rewards_coefficient or 0.0
+        loss, _, metrics = ops.reward_loss(
+            model.hidden(batch.input_ids, batch.layout, batch.rows),
+            model.score.weight,
+            batch.chosen,
+            batch.rejected,
+            batch.margin,
+            self.args.center_rewards_coefficient or 0.0,
         )
-        both, count = scores.detach(), batch.num_pairs
-        gap = (chosen - rejected).detach()
-        metrics: dict[str, Metric] = {
-            "accuracy": ((gap > 0).sum(), count),
-            "margin": (gap.sum(), count),
-            "min_reward": (both.min(), 1),
-            "mean_reward": ((chosen + rejected).detach().sum() / 2, count),
-            "max_reward": (both.max(), 1),
+        right, gaps, smallest, means, largest = metrics.unbind()
+        count = batch.num_pairs
+        return loss * count, {
+            "accuracy": (right, count),
+            "margin": (gaps, count),
+            "min_reward": (smallest, 1),
+            "mean_reward": (means, count),
+            "max_reward": (largest, 1),
         }
-        return mean * count, metrics
 
     def evaluation_passes(self) -> list[Pass] | None:
         if self._held is not None and self._held_passes is None:
             size = self.args.per_device_eval_batch_size
-            self._held_passes = collated(self._held, size, self._collate, self.device)
+            self._held_passes = collated(self._held, size, self._collate, self.placement.send)
         return self._held_passes
+
+    def largest_pass(self, source: BatchSource) -> PassSize:
+        steps = total_steps(self.args, source)
+        batch = source.largest(steps, lambda pair: len(pair.chosen) + len(pair.rejected))
+        return PassSize(batch.input_ids.numel(), batch.rows.numel(), 0)
 
     def _from_path(self, path: str | Path) -> RewardModel:
         return weights.load_model(path, RewardModel, new_head=True)

@@ -88,6 +88,8 @@ class RolloutSource:
         """Nothing runs beside the step: a rollout needs the weights that the step leaves."""
 
     def _roll_out(self, rollout: int) -> list[Sample]:
+        with self._timings.measuring("train"):
+            _finish_training(self._model)
         # The policy that samples has no dropout, nor does what is remembered of it.
         self._model.eval()
         groups, self._metrics = self._groups.groups(rollout)
@@ -143,6 +145,13 @@ class RolloutSource:
         config = self._config
         size = config.per_device_train_batch_size * config.gradient_accumulation_steps
         return [self._samples[i * size : (i + 1) * size] for i in range(self._steps_per_pass_over)]
+
+
+def _finish_training(model: Transformer) -> None:
+    """Wait for the steps that a GPU still computes: their time is not that of sampling."""
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def distributed_std(values: Tensor) -> float:

@@ -14,10 +14,11 @@ from ..data.encoding import EncodedSequence, encode_sft
 from ..data.packing import TokenBatch, pack_sequences
 from ..data.records import SFTRecord, sft_records
 from ..model.transformer import Transformer
+from .activations import PassSize
 from .averages import Metric
 from .batches import BatchSource, collated
 from .config import SFTConfig
-from .loop import Pass
+from .loop import Pass, total_steps
 from .start import Sizes, config_from, finish, starting_point
 from .trainer import Trainer, split_by_prompt
 
@@ -133,15 +134,17 @@ class SFTTrainer(Trainer):
         self._held_passes: list[Pass] | None = None
 
     def source(self) -> BatchSource:
-        return BatchSource(self._train, self._collate, self.args, self.device)
+        return BatchSource(self._train, self._collate, self.args, self.sending)
 
     def loss(self, model: Any, batch: TokenBatch) -> tuple[Tensor, dict[str, Metric]]:
         hidden = model.hidden(batch.input_ids, batch.layout, batch.rows)
+        weights = batch.token_weights
         loss, _, entropy = ops.linear_cross_entropy(
-            hidden[batch.source], model.lm_head.weight, batch.targets
+            batch.of_targets(hidden), model.lm_head.weight, batch.targets, weights
         )
-        count = batch.targets.numel()
-        metrics: dict[str, Metric] = {"entropy": (entropy.sum(), count)}
+        count: Tensor | float = batch.targets.numel() if weights is None else weights.sum()
+        total = entropy.sum() if weights is None else (weights * entropy).sum()
+        metrics: dict[str, Metric] = {"entropy": (total, count)}
         if not torch.is_grad_enabled():
             metrics["mean_token_accuracy"] = (_correct(model, hidden, batch), count)
         return loss, metrics
@@ -149,8 +152,13 @@ class SFTTrainer(Trainer):
     def evaluation_passes(self) -> list[Pass] | None:
         if self._held is not None and self._held_passes is None:
             size = self.args.per_device_eval_batch_size
-            self._held_passes = collated(self._held, size, self._collate, self.device)
+            self._held_passes = collated(self._held, size, self._collate, self.placement.send)
         return self._held_passes
+
+    def largest_pass(self, source: BatchSource) -> PassSize:
+        steps = total_steps(self.args, source)
+        batch = source.largest(steps, lambda example: len(example.input_ids))
+        return PassSize(batch.input_ids.numel(), batch.rows.numel(), batch.targets.numel())
 
     def _encode(self, records: list[SFTRecord]) -> list[EncodedSequence]:
         encoded, _ = encode_sft(
@@ -177,7 +185,7 @@ class SFTTrainer(Trainer):
 def _correct(model: Transformer, hidden: Tensor, batch: TokenBatch) -> Tensor:
     """How many targets are the most likely token."""
     guesses = [model.lm_head(rows).argmax(-1) for rows in hidden.split(512)]
-    return (torch.cat(guesses)[batch.source] == batch.targets).sum()
+    return (batch.of_targets(torch.cat(guesses)) == batch.targets).sum()
 
 
 def _prompt_key(record: SFTRecord) -> str:

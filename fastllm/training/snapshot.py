@@ -38,8 +38,11 @@ def restore_optimizer(
 ) -> None:
     """Put back what `optimizer_tensors` gave; other tensors are left alone.
 
+    Moments in bf16 become fp32 where the optimizer has them so: nothing is lost.
+
     Raises:
-        ValueError: state of a parameter that is not there, or in another shape.
+        ValueError: state of a parameter that is not there, or in another shape, or in a wider
+            dtype than the optimizer keeps.
     """
     parameters = dict(named_parameters)
     fused = {
@@ -58,10 +61,28 @@ def restore_optimizer(
                 f"optimizer state {key} of {name}: expected shape {list(parameter.shape)}, "
                 f"found {list(value.shape)}"
             )
+        dtype = value.dtype
+        if key != "step":
+            dtype = getattr(optimizer, "moment_dtype", parameter.dtype)
+            _check_fits(f"optimizer state {key} of {name}", value, dtype, "optim_state_dtype")
         # The count of steps stays on the CPU, unless the optimizer's kernel reads it itself.
         on_cpu = key == "step" and id(parameter) not in fused
         device = torch.device("cpu") if on_cpu else parameter.device
-        optimizer.state.setdefault(parameter, {})[key] = value.to(device, copy=True)
+        optimizer.state.setdefault(parameter, {})[key] = value.to(device, dtype, copy=True)
+    if hasattr(optimizer, "state_restored"):
+        optimizer.state_restored()
+
+
+def restore_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """`model.load_state_dict`, but where a narrower dtype would lose something that was trained.
+
+    Raises:
+        ValueError: trained weights that the model's dtype cannot hold.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and name in weights:
+            _check_fits(name, weights[name], parameter.dtype, "stochastic_rounding")
+    model.load_state_dict(weights)
 
 
 def random_state(device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -95,6 +116,15 @@ def restore_random_state(
     random.setstate((version, tuple(words), spare))
     if "numpy" in state["random"] and "numpy" in sys.modules:
         sys.modules["numpy"].random.set_state(tuple(state["random"]["numpy"]))
+
+
+def _check_fits(what: str, value: Tensor, dtype: torch.dtype, setting: str) -> None:
+    narrower = torch.promote_types(value.dtype, dtype) != dtype
+    if narrower and not torch.equal(value.to(dtype).to(value.dtype), value):
+        raise ValueError(
+            f"{what}: the checkpoint has it in {value.dtype}, which {dtype} cannot hold: resume "
+            f"with the {setting} that the run began with"
+        )
 
 
 def _on_device(group: Mapping[str, Any]) -> bool:

@@ -9,22 +9,34 @@ import random
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from ..data.errors import DataError
+from ..layout import PackedLayout
 from ..model import adapters, tensors, weights
 from ..model.config import ModelConfig
 from ..model.lora import LoraConfig, add_lora, merge_lora
+from ..ops.working import keep_copies, narrow_frozen
 from . import checkpoint, distributed, loop
+from .activations import PassSize
 from .averages import Averages, Metric
+from .batches import Send
+from .buckets import padded
 from .callbacks import Callbacks, TrainerState
 from .config import SCRATCH_LEARNING_RATE, TrainingConfig
 from .devices import pick_device, pick_dtype
+from .graphs import GraphedPasses
+from .graphs import check as check_graphs
 from .loop import Hooks, Pass, Source, TrainOutput
+from .memory import Watch
+from .prefetch import Placement
+from .snapshot import restore_weights
 from .start import as_tokenizer, tokenizer_of
 
 _log = logging.getLogger("fastllm")
@@ -84,6 +96,10 @@ class Trainer(ABC):
     def evaluation_passes(self) -> list[Pass] | None:
         """Held-out passes, or None when there are no held-out data."""
 
+    @abstractmethod
+    def largest_pass(self, source: Any) -> PassSize:
+        """How large the largest pass of a run on `source` is, or may be."""
+
     # -- Transformers' methods -----------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None) -> TrainOutput:
@@ -97,6 +113,8 @@ class Trainer(ABC):
             ValueError: the run folder holds checkpoints and neither resuming nor
                 `overwrite_output_dir` was asked for.
         """
+        if self.args.cuda_graphs:
+            check_graphs(self.model, self.device)
         vars(self.state).update(vars(TrainerState()))
         self._check_adapter_folder()
         resume = self._resume_folder(resume_from_checkpoint)
@@ -111,16 +129,21 @@ class Trainer(ABC):
             description=self.description,
             shown=self.shown,
         )
+        source = self.source()
+        memory = Watch(self.model, self.args, self.device, **self._memory_beside())
+        memory.begin(lambda: self.largest_pass(source))
         output = loop.fit(
             self.model,
-            self.source(),
+            source,
             self.loss,
             self.args,
             hooks,
             peak_learning_rate=self.learning_rate,
             scale_loss=self.dtype is torch.float16,
+            passes=partial(GraphedPasses, self.model, self.loss) if self.args.cuda_graphs else None,
             resume_from=resume,
         )
+        output.metrics |= memory.end()
         if distributed.is_main():
             self.save_model(Path(self.args.output_dir))
         distributed.barrier()
@@ -152,6 +175,38 @@ class Trainer(ABC):
 
     def add_callback(self, callback: Any) -> None:
         self.callbacks.add(callback)
+
+    # -- for subclasses ------------------------------------------------------------------------
+
+    @cached_property
+    def placement(self) -> Placement:
+        """Puts batches where they are computed."""
+        return Placement(self.device, self._prepare_layouts)
+
+    @property
+    def sending(self) -> Send:
+        """What a source of training does with its batches."""
+        if not self.args.cuda_graphs:
+            return self.placement.send
+        return lambda batch: self.placement.send_parcel(padded(batch))
+
+    def _memory_beside(self) -> dict[str, Any]:
+        """What the prediction of memory must know beside the model and its passes."""
+        return {}
+
+    def _prepare_layouts(self, layout: PackedLayout, last: PackedLayout) -> None:
+        """Make the tables that a pass reads: of the last layer, and of those before it."""
+        config = self.model.config
+        for layer in range(config.num_hidden_layers):
+            ops.prepare_layout(
+                last if layer == config.num_hidden_layers - 1 else layout,
+                self.dtype,
+                config.num_attention_heads,
+                config.num_key_value_heads,
+                config.head_dim,
+                window=config.window(layer),
+                device=self.device,
+            )
 
     # -- set-up --------------------------------------------------------------------------------
 
@@ -200,10 +255,25 @@ class Trainer(ABC):
         add_lora(self.model, config)
 
     def _prepare_model(self) -> None:
-        """Weights in fp32 on the device; the arithmetic takes `dtype`."""
-        self.model.to(device=self.device, dtype=torch.float32)
+        """Weights on the device, in fp32 (with working copies on a GPU) or as the config says; the
+        arithmetic takes `dtype`."""
+        self.model.to(device=self.device, dtype=self._weight_dtype())
         self.model.model.compute_dtype = self.dtype
+        if self.device.type == "cuda" and self.dtype != torch.float32:
+            narrow_frozen(self.model.parameters(), self.dtype)
+            keep_copies(self.model.parameters(), self.dtype)
         self.model.model.gradient_checkpointing = self.args.gradient_checkpointing
+        asked = self.args.gradient_checkpointing_layers
+        self.model.model.recomputed_layers = None if asked == -1 else asked
+
+    def _weight_dtype(self) -> torch.dtype:
+        if not self.args.stochastic_rounding:
+            return torch.float32
+        if self.dtype != torch.bfloat16:
+            raise ValueError(
+                f"stochastic_rounding: expected dtype bf16, found {self.dtype} on {self.device}"
+            )
+        return torch.bfloat16
 
     def _check_adapter_folder(self) -> None:
         """An adapter cannot lie where a whole model is: say so before training, not after."""
@@ -241,7 +311,7 @@ class Trainer(ABC):
                 "that the run began with"
             )
         saved = weights.load_model(folder, self.model_class)
-        self.model.load_state_dict(saved.state_dict())
+        restore_weights(self.model, saved.state_dict())
 
     def _write_run_file(self) -> None:
         """`run.json`: the settings as resolved, so that a run can be understood and repeated."""
@@ -288,5 +358,13 @@ def split_by_prompt(
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
-    """A copy that nothing trains: the reference of a policy."""
-    return copy.deepcopy(model).requires_grad_(False).eval()
+    """A copy that nothing trains: the reference of a policy.
+
+    On a GPU its weights are in the dtype of the arithmetic, which is all that reads them.
+    """
+    frozen = copy.deepcopy(model).requires_grad_(False).eval()
+    dtype = getattr(frozen.get_submodule("model"), "compute_dtype", None)
+    for parameter in frozen.parameters():
+        if dtype is not None and parameter.is_cuda:
+            parameter.data = parameter.data.to(dtype)
+    return frozen

@@ -9,6 +9,7 @@ import pytest
 
 from fastllm.generation import Engine, SamplingParams
 from fastllm.generation.cache import blocks_of
+from fastllm.generation.graphed_step import GraphedStep
 
 
 class Letters:
@@ -62,7 +63,7 @@ def _check_books(engine):
         assert batch.prefix_length[group[row]] == len(sequence.request.prompt)
 
 
-@pytest.mark.parametrize("step", ["auto", "ops"])
+@pytest.mark.parametrize("step", ["auto", "ops", "padded"])
 @pytest.mark.parametrize("seed", range(4))
 def test_company_changes_nothing(build, family, seed, step):
     rng = random.Random(100 * seed + sum(map(ord, family)))
@@ -79,11 +80,13 @@ def test_company_changes_nothing(build, family, seed, step):
     engine = Engine(
         model,
         Letters(),
-        step=step,
+        step="auto" if step == "padded" else step,
         max_batch_size=rng.choice([1, 3, 8, None]),
         cache_bytes=engine._cache.block_bytes * (largest + rng.choice([0, 1, 3, 20])),
         prefill_tokens=rng.choice([1, 100, 8192]),
     )
+    if step == "padded":
+        engine._step = GraphedStep(model, engine._cache, capture=False)
     said: dict[tuple[int, int], tuple[list[int], list[str], list[str]]] = {}
     arrivals, aborted = list(range(len(requests))), set()
     while arrivals or engine.has_unfinished_requests():

@@ -91,10 +91,52 @@ def test_frozen_weights_get_no_gradient(sizes: dict[str, Any], counted: list[Any
     assert_near(found, expected, torch.float32)
 
 
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("chosen", [None, [0, 6, 7, 9, 16]], ids=["all", "rows"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_query_biases_and_head_norms(
+    backend: str,
+    sizes: dict[str, Any],
+    counted: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    chosen: list[int] | None,
+    family: str,
+) -> None:
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(**sizes, model_type=family, head_dim=8))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape)
+    layout, rows = PackedLayout(*LAYOUT), None if chosen is None else torch.tensor(chosen)
+    with use_backend(backend):
+        found = gradients(model, layout, rows, dtype)
+        assert bool(counted) == (backend != "torch")
+        monkeypatch.setattr(Block, "_is_plain", lambda self: False)
+        expected = gradients(model, layout, rows, dtype)
+    assert_near(found, expected, dtype)
+    names = {"qwen2": "k_proj.bias", "qwen3": "k_norm.weight"}
+    assert sum(name.endswith(names[family]) for name in found) == 2
+
+
+@pytest.mark.parametrize("frozen", ["q_norm", "k_proj.bias", "_norm", "bias"])
+def test_frozen_biases_and_head_norms_get_no_gradient(
+    backend: str, sizes: dict[str, Any], frozen: str
+) -> None:
+    family = "qwen3" if "norm" in frozen else "qwen2"
+    model = Transformer(ModelConfig(**sizes, model_type=family, head_dim=8))
+    with use_backend(backend):
+        whole = gradients(model, PackedLayout(*LAYOUT), None, torch.float32)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(frozen not in name)
+        found = gradients(model, PackedLayout(*LAYOUT), None, torch.float32)
+    expected = {name: value for name, value in whole.items() if frozen not in name}
+    assert len(expected) < len(whole)
+    assert_near(found, expected, torch.float32)
+
+
 @pytest.mark.parametrize(
-    "options",
-    [{"model_type": "qwen3"}, {"model_type": "qwen2"}, {"mlp_bias": True}],
-    ids=["query norms", "query biases", "MLP biases"],
+    "options", [{"attention_bias": True}, {"mlp_bias": True}], ids=["output bias", "MLP biases"]
 )
 def test_other_blocks_run_op_by_op(
     sizes: dict[str, Any], counted: list[Any], options: dict[str, Any]

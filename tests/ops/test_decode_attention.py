@@ -138,6 +138,43 @@ def test_windows(check, prompts, group, tails, window):
     check(batch(prompts, group, tails), window=window)
 
 
+@pytest.mark.parametrize("window", [None, 3, 270, 400])
+@pytest.mark.parametrize(
+    ("prompts", "group", "tails"),
+    [
+        ([255, 257], [0, 0, 1], [1, 256, 257]),
+        ([513], [0], [300]),
+        # More than 32 splits of 256 tokens: all of them are longer then.
+        ([8200], [0, 0], [1, 3]),
+        ([0], [0], [8449]),
+    ],
+    ids=str,
+)
+def test_runs_of_many_splits(check, prompts, group, tails, window):
+    check(batch(prompts, group, tails, heads=2, key_heads=1, head_dim=4), window=window)
+
+
+def test_neighbours_are_cut_into_tiles(check):
+    """Runs of a prompt that do not begin or end where a tile of sequences would."""
+    check(batch([9, 70, 3], [0] * 5 + [1] * 20 + [0] * 2 + [2] * 9, [2] * 36, 4, 1))
+
+
+def test_company_changes_nothing_in_triton(device, backend):
+    """A run is divided by its length alone, wherever a sequence stands and whoever is there."""
+    if backend != "triton":
+        pytest.skip("PyTorch promises nothing; for C++ see below")
+    given = batch([300, 5, 70], [0, 1, 2], [2, 600, 66], head_dim=16)
+    given = {name: tensor.to(device) for name, tensor in given.items()}
+    together = decode_attention(**given)
+    for row in range(3):
+        alone = {n: given[n][row : row + 1] for n in ("q", "tail_blocks", "tail_lengths")}
+        alone["tail_blocks"] = alone["tail_blocks"][:, : -(-int(alone["tail_lengths"]) // BLOCK)]
+        for name in ("prefix_blocks", "prefix_lengths"):
+            alone[name] = given[name][row : row + 1]
+        alone["group"] = torch.zeros_like(given["group"][:1])
+        assert torch.equal(decode_attention(**given | alone), together[row : row + 1])
+
+
 @pytest.mark.parametrize("scale", [0.05, 1.0, 3.0])
 def test_scale(check, scale):
     check(batch([5], [0, 0], [3, 1]), scale=scale)
@@ -322,6 +359,42 @@ def test_inputs_are_not_written_to(device):
     decode_attention(**given)
     for name, tensor in given.items():
         torch.testing.assert_close(tensor, before[name], atol=0, rtol=0, equal_nan=True)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("heads", "key_heads", "head_dim"), [(32, 8, 128), (14, 2, 64)])
+def test_a_graph_replays_it_with_other_lengths(check, backend, heads, key_heads, head_dim):
+    """Lengths are read on the device: no call waits for it, and other numbers need no new graph."""
+    given = batch([300, 900], [0] * 8 + [1] * 9, [*range(200, 217)], heads, key_heads, head_dim)
+    given = {
+        name: tensor.to("cuda", torch.bfloat16 if tensor.is_floating_point() else None)
+        for name, tensor in given.items()
+    }
+    decode_attention(**given)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = decode_attention(**given)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    given["tail_lengths"] -= 99
+    graph.replay()
+    assert torch.equal(found, decode_attention(**given))
+
+
+@pytest.mark.cuda
+def test_caches_past_two_thousand_million_numbers(backend):
+    """The last block of a cache of 2^32 elements: its offset does not fit 32 bits."""
+    blocks, heads, head_dim = 1 << 16, 8, 128
+    keys = torch.zeros(blocks, heads, head_dim, BLOCK, dtype=torch.bfloat16, device="cuda")
+    values = torch.zeros(blocks, heads, BLOCK, head_dim, dtype=torch.bfloat16, device="cuda")
+    values[-1] = 3.0
+    table = torch.tensor([[blocks - 1]], dtype=torch.int32, device="cuda")
+    one = torch.ones(1, dtype=torch.int32, device="cuda")
+    q = torch.randn(1, 32, head_dim, dtype=torch.bfloat16, device="cuda")
+    found = decode_attention(q, keys, values, table, 64 * one, 0 * one, table, 7 * one)
+    assert (found == 3).all()
 
 
 @pytest.mark.parametrize("name", ["q", "keys", "values"])

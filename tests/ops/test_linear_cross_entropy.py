@@ -16,6 +16,7 @@ SHAPES = [
     (1, 8, 11),
     (7, 20, 259),
     (5, 129, 1000),
+    (3, 8, 5003),
     pytest.param((33, 128, 259), marks=pytest.mark.large),
     pytest.param((3, 16, 32003), marks=pytest.mark.large),
 ]
@@ -36,13 +37,15 @@ def targets(rows, vocabulary):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    module = importlib.import_module("fastllm.ops.linear_logprob")
+    module = importlib.import_module("fastllm.ops.logit_chunks")
     monkeypatch.setattr(module, "_CHUNK_ELEMENTS", {"cpu": 1, "cuda": 1})
-    monkeypatch.setattr(module, "_MIN_ROWS", 4)
-    monkeypatch.setattr(module, "_MIN_ELEMENTS", 1)
+    monkeypatch.setattr(module, "_FEWEST_ROWS", {"cpu": 4, "cuda": 4})
+    monkeypatch.setattr(module, "_FEWEST_ELEMENTS", 1)
 
 
 def cross_entropy(hidden, weight, targets, token_weights=None, **options):
+    """With logits in fp32, also on a GPU; test_narrow_logits.py has the others."""
+    options = {"logits_dtype": torch.float32, **options}
     return linear_cross_entropy(hidden, weight, targets, token_weights, **options)[0]
 
 
@@ -109,7 +112,7 @@ def test_cross_entropy_multiplies_no_more_than_it_must(backend, monkeypatch):
     """Three products with gradients, all in the forward pass; one without."""
     if backend == "torch":
         pytest.skip("the reference recomputes the logits")
-    module = importlib.import_module("fastllm.ops.linear_logprob")
+    module = importlib.import_module("fastllm.ops.logit_chunks")
     products = []
     original = module.matmul
     monkeypatch.setattr(module, "matmul", lambda *a, **k: products.append(a) or original(*a, **k))

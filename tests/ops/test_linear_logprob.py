@@ -35,10 +35,10 @@ def targets(rows, vocabulary):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    module = importlib.import_module("fastllm.ops.linear_logprob")
+    module = importlib.import_module("fastllm.ops.logit_chunks")
     monkeypatch.setattr(module, "_CHUNK_ELEMENTS", {"cpu": 1, "cuda": 1})
-    monkeypatch.setattr(module, "_MIN_ROWS", 4)
-    monkeypatch.setattr(module, "_MIN_ELEMENTS", 1)
+    monkeypatch.setattr(module, "_FEWEST_ROWS", {"cpu": 4, "cuda": 4})
+    monkeypatch.setattr(module, "_FEWEST_ELEMENTS", 1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -231,7 +231,7 @@ def test_logits_are_never_whole(device, small_chunks):
 
 
 def test_a_chunk_is_a_sixteenth_of_the_logits_and_their_gradient_at_most():
-    chunk_rows = importlib.import_module("fastllm.ops.linear_logprob")._chunk_rows
+    chunk_rows = importlib.import_module("fastllm.ops.logit_chunks").chunk_rows
     weight = torch.empty(32000, 1)
     for rows in (1024, 2048, 4096, 100_000):
         chunk = chunk_rows(torch.empty(rows, 1), weight)

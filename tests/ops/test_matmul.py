@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 
 import pytest
 import torch
 
-from fastllm.ops import cpp, linear, matmul, use_backend
+from fastllm.ops import cpp, linear, matmul, use_backend, working
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Relative to the norm of the result: one rounding, and sums in fp32.
@@ -141,6 +142,79 @@ def test_linear_computes_only_wanted_gradients():
     with use_backend("cpp"):
         linear(x, frozen).sum().backward()
     torch.testing.assert_close(x.grad, frozen.sum(0).expand(64, 30))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("attached", [False, True])
+def test_wide_weights_get_gradients_that_were_never_rounded(attached, bias):
+    """What a GPU does with weights in fp32 and activations in bf16, on any device."""
+    torch.manual_seed(0)
+    x = torch.randn(64, 30).bfloat16().requires_grad_()
+    weight, shift = torch.randn(20, 30, requires_grad=True), torch.randn(20, requires_grad=True)
+    if attached:
+        working.keep_copies([weight, shift], torch.bfloat16)
+    gradient = torch.randn(64, 40).bfloat16()[:, ::2]
+    given = (x, weight, shift) if bias else (x, weight, None)
+    mixed = importlib.import_module("fastllm.ops.matmul")._MixedLinear
+    out = mixed.apply(*given)
+    narrow_shift = shift.bfloat16() if bias else None
+    assert torch.equal(out, torch.nn.functional.linear(x, weight.bfloat16(), narrow_shift))
+    found = torch.autograd.grad(out, [t for t in given if t is not None], gradient)
+    assert [t.dtype for t in found] == [torch.bfloat16, torch.float32, torch.float32][: len(found)]
+    exact = gradient.double()
+    assert_near(found[0], exact @ weight.detach().bfloat16().double())
+    assert_near(found[1], exact.t() @ x.detach().double())
+    if bias:
+        assert_near(found[2], exact.sum(0))
+
+
+def test_linear_reads_wide_weights_in_the_dtype_of_x():
+    x = torch.randn(40, 30).bfloat16()
+    weight, bias = torch.randn(20, 30, requires_grad=True), torch.randn(20, requires_grad=True)
+    expected = linear(x, weight.bfloat16(), bias.bfloat16())
+    assert torch.equal(linear(x, weight, bias), expected) and expected.dtype == torch.bfloat16
+    found = torch.autograd.grad(linear(x, weight, bias).sum(), (weight, bias))
+    right = torch.autograd.grad(expected.sum(), (weight, bias))
+    assert all(map(torch.equal, found, right))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("out_dtype", ["same", torch.float32])
+def test_a_gpu_writes_and_adds_in_place(dtype, out_dtype):
+    """No product beside the result: the memory in use does not grow."""
+    out_dtype = dtype if out_dtype == "same" else out_dtype
+    a = torch.randn(1024, 512, device="cuda").to(dtype)
+    b = torch.randn(1031, 512, device="cuda").to(dtype).t()
+    exact = a.double() @ b.double()
+    out = torch.zeros(1024, 1040, device="cuda", dtype=out_dtype)[:, :1031]
+    matmul(a, b, out=out)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    assert matmul(a, b, out=out) is out
+    assert_near(out, exact)
+    assert matmul(a, b, out=out, add=True) is out
+    assert torch.cuda.max_memory_allocated() - before < out.nbytes / 2
+    assert_near(out, 2 * exact)
+    found = matmul(a, b, dtype=out_dtype)
+    assert found.dtype == out_dtype
+    assert_near(found, exact)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_gpu_keeps_sums_of_wide_weights_wide(bias):
+    x = torch.randn(3, 4096, 64, device="cuda").bfloat16().requires_grad_()
+    leaves = [torch.randn(32, 64, device="cuda"), torch.randn(32, device="cuda")][: 1 + bias]
+    leaves = [t.requires_grad_() for t in leaves]
+    gradient = torch.randn(3, 4096, 32, device="cuda").bfloat16()
+    found = torch.autograd.grad(linear(x, *leaves), leaves, gradient)
+    flat = gradient.flatten(0, 1).double()
+    assert found[0].dtype == torch.float32
+    assert_near(found[0], flat.t() @ x.detach().flatten(0, 1).double(), torch.float32)
+    if bias:
+        assert_near(found[1], flat.sum(0), torch.float32)
 
 
 def test_wrong_arguments_are_named():

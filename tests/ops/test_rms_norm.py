@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastllm.ops import backend as backends
 from fastllm.ops import rms_norm
 from fastllm.ops.rms_norm import rms_norm_reference
 
@@ -31,6 +32,24 @@ def inputs(*shape, residual=True):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_outputs_and_gradients(matches_reference, shape, dtype, residual):
     matches_reference(rms_norm, rms_norm_reference, inputs(*shape, residual=residual), dtype)
+
+
+@pytest.mark.parametrize("frozen", [(), ("weight",)])
+@pytest.mark.parametrize(("dtype", "columns"), [(torch.float32, 8195), (torch.bfloat16, 9216)])
+def test_rows_too_wide_to_keep_a_gradient_beside(matches_reference, dtype, columns, frozen):
+    matches_reference(
+        rms_norm,
+        rms_norm_reference,
+        inputs(9, columns),
+        dtype,
+        frozen=frozen,
+        grad_strides="expanded",
+    )
+
+
+def test_more_rows_than_programs(matches_reference):
+    """Programs walk over the rows, and the last one of them has fewer."""
+    matches_reference(rms_norm, rms_norm_reference, inputs(83, 130))
 
 
 @pytest.mark.parametrize(
@@ -72,7 +91,7 @@ def test_frozen_inputs_get_no_gradient(matches_reference, dtype, frozen):
 
 
 def test_fp32_weight_for_bf16_rows(device):
-    """The weight is cast on the way in, and its gradient on the way out."""
+    """Each gradient has the dtype of what it is a gradient of."""
     x = torch.randn(5, 20, device=device, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(20, device=device, requires_grad=True)
     y = rms_norm(x, weight)
@@ -163,6 +182,12 @@ def test_wrong_shapes(device, x, weight, residual):
 
 
 @pytest.mark.cuda
+def test_too_long_rows_are_refused(backend):
+    with pytest.raises(ValueError, match="at most 32768"):
+        rms_norm(torch.zeros(2, 32776, device="cuda"), torch.ones(32776, device="cuda"))
+
+
+@pytest.mark.cuda
 def test_more_than_2_to_the_31_elements(backend):
     rows = 2**31 // 4096 + 2
     x = torch.zeros(rows, 4096, dtype=torch.bfloat16, device="cuda")
@@ -172,10 +197,13 @@ def test_more_than_2_to_the_31_elements(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_slices_and_expanded_rows_are_read_in_place(cpp_kernels, dtype):
-    wide, weight = torch.randn(6, 60).to(dtype), torch.randn(19).to(dtype)
+def test_slices_and_expanded_rows_are_read_in_place(device, dtype):
+    wide, weight = torch.randn(6, 60).to(device, dtype), torch.randn(19).to(device, dtype)
     x, residual, dy = wide[:, 1:20], wide[:, 20:39], wide[:1, 40:59].expand(6, 19)
-    kernels = cpp_kernels.rms_norm
+    kernels = backends.kernels("rms_norm", x)
+    if kernels is None:
+        pytest.skip("PyTorch serves")
+    assert kernels.READS_STRIDES
     found = kernels.forward(x, weight, 1e-6, residual)
     expected = kernels.forward(x.contiguous(), weight, 1e-6, residual.contiguous())
     assert all(map(torch.equal, found, expected))

@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastllm.ops import backend as backends
 from fastllm.ops import swiglu
-from fastllm.ops.swiglu import swiglu_reference
+from fastllm.ops.swiglu import backward_fused, forward_fused, swiglu_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [
@@ -62,6 +63,34 @@ def test_halves_of_one_projection(device):
     torch.testing.assert_close(both.grad.double(), exact.grad, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2,), (3, 14), (2, 3, 344), (5, 2 * 129)])
+def test_both_in_one_tensor(matches_reference, shape, dtype):
+    """Halves of a row; a half of 129 columns starts nowhere in particular."""
+    given = {"gate": torch.randn(shape)}
+    matches_reference(swiglu, swiglu_reference, given, dtype)
+
+
+@pytest.mark.parametrize(
+    ("strides", "grad_strides"),
+    [("every_other_row", "expanded"), ("transposed", "inside"), ("inside", "transposed")],
+)
+def test_both_in_one_strided_tensor(matches_reference, strides, grad_strides):
+    given = {"gate": torch.randn(4, 3, 14)}
+    matches_reference(swiglu, swiglu_reference, given, strides=strides, grad_strides=grad_strides)
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (8, 0), (2, 0, 4)])
+def test_nothing_in_one_tensor(matches_reference, shape):
+    matches_reference(swiglu, swiglu_reference, {"gate": torch.randn(shape)})
+
+
+@pytest.mark.parametrize("shape", [(4, 7), ()])
+def test_a_row_without_halves(device, shape):
+    with pytest.raises(ValueError, match=r"swiglu.*2F"):
+        swiglu(torch.zeros(shape, device=device))
+
+
 @pytest.mark.parametrize("shape", [(0,), (0, 8), (8, 0)])
 def test_no_elements(matches_reference, shape):
     matches_reference(swiglu, swiglu_reference, inputs(*shape))
@@ -108,15 +137,31 @@ def test_wrong_shapes(device, gate, up):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_halves_of_one_buffer_are_read_and_written_in_place(cpp_kernels, dtype):
-    both, dout = torch.randn(6, 28).to(dtype), torch.randn(1, 14).to(dtype).expand(6, 14)
+def test_halves_of_one_buffer_are_read_and_written_in_place(device, dtype):
+    both = torch.randn(6, 28).to(device, dtype)
+    dout = torch.randn(1, 14).to(device, dtype).expand(6, 14)
     gate, up = both.chunk(2, dim=-1)
-    kernels = cpp_kernels.swiglu
+    kernels = backends.kernels("swiglu", both)
+    if kernels is None:
+        pytest.skip("PyTorch serves")
+    assert kernels.READS_STRIDES
     assert torch.equal(kernels.forward(gate, up), kernels.forward(gate.clone(), up.clone()))
+    assert torch.equal(kernels.forward(gate, up), forward_fused(kernels, both))
     expected = kernels.backward(dout.contiguous(), gate.contiguous(), up.contiguous())
-    room = torch.full((6, 30), float("nan"), dtype=dtype)
+    found = kernels.backward(dout, gate, up)
+    assert all(map(torch.equal, found, expected))
+    assert torch.equal(backward_fused(kernels, dout, both), torch.cat(expected, dim=1))
+    room = torch.full((6, 30), float("nan"), dtype=dtype, device=device)
     kernels.backward_into_(dout, gate, up, room[:, 1:15], room[:, 15:29])
     assert torch.equal(room[:, 1:29], torch.cat(expected, dim=1))
     assert room[:, 0].isnan().all() and room[:, 29].isnan().all()
     kernels.backward_into_(dout, gate, up, gate, up)
     assert torch.equal(both, torch.cat(expected, dim=1)), "gradients over their inputs"
+
+
+@pytest.mark.cuda
+def test_more_than_2_to_the_31_elements(backend):
+    rows = 2**31 // 8192 + 2
+    both = torch.zeros(rows, 2 * 8192, dtype=torch.bfloat16, device="cuda")
+    both[-1] = torch.randn(2 * 8192, device="cuda")
+    torch.testing.assert_close(swiglu(both)[-1], swiglu_reference(both[-1]))

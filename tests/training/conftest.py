@@ -63,6 +63,13 @@ def model_config(tokenizer: Tokenizer) -> ModelConfig:
 
 
 @pytest.fixture
+def wide_config(model_config: ModelConfig) -> ModelConfig:
+    """With heads of a size that models have: for what runs on a GPU, or as if on one."""
+    sizes = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 3, "head_dim": 64}
+    return replace(model_config, layer_types=None, **sizes)
+
+
+@pytest.fixture
 def base(model_config: ModelConfig, tokenizer: Tokenizer, tmp_path: Path) -> str:
     """Folder of a random language model with its tokenizer."""
     folder = tmp_path / "base"

@@ -1,4 +1,8 @@
-"""AdamW as in transformers: groups, clipping, loss scaling; and never a step on a bad number."""
+"""AdamW as in transformers: groups, clipping, loss scaling; and never a step on a bad number.
+
+Each test runs for the step that decides on the host and for the one that decides on the device,
+which on the CPU is the reference of what Triton does.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,20 @@ import torch
 from torch import nn
 
 from fastllm import SFTConfig
+from fastllm.ops import working
+from fastllm.training import optimizer as module
+from fastllm.training.device_adamw import DeviceAdamW
 from fastllm.training.optimizer import Optimizer
 
 FINE = torch.tensor(1.0)
+
+
+@pytest.fixture(params=["host", "device"], autouse=True)
+def decided(request, monkeypatch):
+    """Where it is decided whether a step is taken."""
+    if request.param == "device":
+        monkeypatch.setattr(module, "_decides_on_device", lambda *_: True)
+    return request.param
 
 
 @pytest.fixture
@@ -63,14 +78,21 @@ def test_frozen_parameters_are_left_alone(model):
 
 @pytest.mark.parametrize("scale_loss", [False, True])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_a_gradient_that_is_not_finite_changes_nothing(model, bad, scale_loss):
+def test_a_gradient_that_is_not_finite_changes_nothing(model, bad, scale_loss, decided):
     optimizer = Optimizer(model, SFTConfig(), scale_loss)
     before = weights(model)
     optimizer.backward(model(torch.randn(5, 3)).sum())
     model[2].weight.grad[0, 1] = bad
     assert not optimizer.step(0.1, FINE).isfinite()
     assert torch.equal(weights(model), before)
-    assert not optimizer.adamw.state, "moments were updated"
+    moments = [m for state in optimizer.adamw.state.values() for m in state.values()]
+    assert not any(m.any() for m in moments), "moments were updated"
+    assert optimizer.failed() is (decided == "device" and not scale_loss)
+    if optimizer.failed():
+        optimizer.backward(model(torch.randn(5, 3)).sum())
+        assert optimizer.step(0.1, FINE).isfinite()
+        assert torch.equal(weights(model), before), "a later step was taken"
+        optimizer.adamw.op.clear_failure()
     optimizer.backward(model(torch.randn(5, 3)).sum())
     assert optimizer.step(0.1, FINE).isfinite()
     assert weights(model).isfinite().all() and not torch.equal(weights(model), before)
@@ -99,3 +121,61 @@ def test_the_loss_scale_falls_with_an_overflow_and_does_not_change_the_step(mode
     scaled.backward(model(x).sum() * float("inf"))
     scaled.step(0.01, FINE)
     assert scaled.scaler.get_scale() == start / 2
+
+
+def test_the_scaler_goes_on_from_a_checkpoint(model):
+    optimizer = Optimizer(model, SFTConfig(), True)
+    for factor in (1.0, float("inf"), 1.0, 1.0):
+        optimizer.backward(model(torch.randn(5, 3)).sum() * factor)
+        optimizer.step(0.01, FINE)
+    state = optimizer.scaler.state_dict()
+    assert state["scale"] == 2.0**15 and state["_growth_tracker"] == 2
+    again = Optimizer(model, SFTConfig(), True)
+    again.backward(model(torch.randn(5, 3)).sum())
+    again.scaler.load_state_dict(state)
+    assert again.scaler.state_dict() == state
+
+
+def test_working_copies_follow(model):
+    working.keep_copies(model.parameters(), torch.bfloat16)
+    optimizer = Optimizer(model, SFTConfig(), False)
+    for _ in range(2):
+        optimizer.backward(model(torch.randn(5, 3)).sum())
+        optimizer.step(0.1, FINE)
+        for parameter in model.parameters():
+            assert torch.equal(working.copy_of(parameter), parameter.to(torch.bfloat16))
+
+
+def test_other_state_is_decided_on_the_device(model, decided):
+    if decided == "device":
+        return
+    for config in (
+        SFTConfig(optim_state_dtype="bf16"),
+        SFTConfig(stochastic_rounding=True, dtype="bf16", optim_state_dtype="bf16"),
+    ):
+        dtype = torch.bfloat16 if config.stochastic_rounding else torch.float32
+        model.to(dtype)
+        optimizer = Optimizer(model, config, False)
+        assert isinstance(optimizer.adamw, DeviceAdamW)
+        before = weights(model)
+        optimizer.backward(model(torch.randn(5, 3, dtype=dtype)).sum())
+        optimizer.step(0.1, FINE)
+        assert not torch.equal(weights(model), before)
+        state = optimizer.adamw.state[model[0].weight]
+        assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.bfloat16
+        assert weights(model).dtype == dtype and state["step"] == 1
+
+
+def test_weights_have_the_dtype_that_the_config_says(model):
+    with pytest.raises(ValueError, match=r"0.weight: expected weights in bfloat16"):
+        Optimizer(model, SFTConfig(stochastic_rounding=True, dtype="bf16"), False)
+    with pytest.raises(ValueError, match=r"expected weights in float32, found torch.bfloat16"):
+        Optimizer(model.to(torch.bfloat16), SFTConfig(), False)
+
+
+def test_stochastic_rounding_is_for_bf16(decided):
+    for options in ({"dtype": "fp32"}, {"fp16": True}, {"dtype": "fp16"}):
+        with pytest.raises(ValueError, match="stochastic_rounding: expected dtype bf16, found fp"):
+            SFTConfig(stochastic_rounding=True, **options)
+    with pytest.raises(ValueError, match="optim_state_dtype: expected one of fp32, bf16"):
+        SFTConfig(optim_state_dtype="int8")

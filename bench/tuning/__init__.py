@@ -1,0 +1,1 @@
+"""The parts of `python -m bench.tune`: problems, constants to try, compiling, writing."""
