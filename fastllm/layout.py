@@ -278,8 +278,15 @@ class PackedLayout:
 
     @staticmethod
     def of_ticket(ticket: Tensor) -> PackedLayout:
-        """The layout that a ticket stands for, as long as someone keeps it."""
-        return _by_number[int(ticket)]
+        """The layout that a ticket stands for.
+
+        Raises:
+            RuntimeError: nobody kept the layout.
+        """
+        layout = _by_number.get(int(ticket))
+        if layout is None:
+            raise RuntimeError("expected a layout that is kept until the backward pass: it is gone")
+        return layout
 
     # -- buckets: batches of different lengths, tables of equal shapes ---------------------------
 

@@ -23,132 +23,66 @@ from . import cpp
 _LIBRARY = torch.library.Library("fastllm_triton", "DEF")
 
 
+def _operator(name: str) -> Any:
+    """Calls `torch.ops.fastllm_triton.<name>`; a layout passes as its ticket."""
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        given = (a.ticket if isinstance(a, PackedLayout) else a for a in arguments)
+        return getattr(torch.ops.fastllm_triton, name)(*given, **options)
+
+    return staticmethod(call)
+
+
 class rms_norm:
     READS_STRIDES = CASTS_WEIGHTS = True
-
-    @staticmethod
-    def forward(*arguments: Any) -> Any:
-        return torch.ops.fastllm_triton.rms_norm_forward(*arguments)
-
-    @staticmethod
-    def backward(*arguments: Any) -> Any:
-        return torch.ops.fastllm_triton.rms_norm_backward(*arguments)
+    forward, backward = _operator("rms_norm_forward"), _operator("rms_norm_backward")
 
 
 class rope:
     READS_STRIDES = NORMS = True
-
-    @staticmethod
-    def forward(*arguments: Any, **norms: Any) -> Any:
-        return torch.ops.fastllm_triton.rope_forward(*arguments, **norms)
-
-    @staticmethod
-    def backward(*arguments: Any) -> Any:
-        return torch.ops.fastllm_triton.rope_backward(*arguments)
-
-    @staticmethod
-    def forward_into_cache(*arguments: Any) -> Any:
-        return torch.ops.fastllm_triton.rope_forward_into_cache(*arguments)
+    forward, backward = _operator("rope_forward"), _operator("rope_backward")
+    forward_into_cache = _operator("rope_forward_into_cache")
 
 
 class swiglu:
     READS_STRIDES = True
-
-    @staticmethod
-    def forward(*arguments: Any) -> Any:
-        return torch.ops.fastllm_triton.swiglu_forward(*arguments)
-
-    @staticmethod
-    def forward_fused(gate_up: Tensor) -> Any:
-        return torch.ops.fastllm_triton.swiglu_forward_fused(gate_up)
-
-    @staticmethod
-    def backward(*arguments: Any) -> Any:
-        return torch.ops.fastllm_triton.swiglu_backward(*arguments)
-
-    @staticmethod
-    def backward_fused(*arguments: Any) -> Any:
-        return torch.ops.fastllm_triton.swiglu_backward_fused(*arguments)
+    forward, backward = _operator("swiglu_forward"), _operator("swiglu_backward")
+    forward_fused = _operator("swiglu_forward_fused")
+    backward_fused = _operator("swiglu_backward_fused")
 
 
 class attention:
     """On the Triton kernels."""
 
     READS_STRIDES = True
-
-    @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, *options: Any) -> Any:
-        return torch.ops.fastllm_triton.attention_forward(q, k, v, layout.ticket, *options)
-
-    @staticmethod
-    def backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, *given: Any) -> Any:
-        lse, layout, *options = given
-        ticket = layout.ticket
-        return torch.ops.fastllm_triton.attention_backward(
-            dout, q, k, v, out, lse, ticket, *options
-        )
+    forward, backward = _operator("attention_forward"), _operator("attention_backward")
 
 
 class cpp_attention:
     """On the C++ kernels."""
 
     READS_STRIDES = True
-
-    @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, *options: Any) -> Any:
-        return torch.ops.fastllm_triton.cpp_attention_forward(q, k, v, layout.ticket, *options)
-
-    @staticmethod
-    def backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, *given: Any) -> Any:
-        lse, layout, *options = given
-        ticket = layout.ticket
-        return torch.ops.fastllm_triton.cpp_attention_backward(
-            dout, q, k, v, out, lse, ticket, *options
-        )
+    forward, backward = _operator("cpp_attention_forward"), _operator("cpp_attention_backward")
 
 
 class decode_attention:
     READS_STRIDES = True
-
-    @staticmethod
-    def forward(*arguments: Any) -> Any:
-        return torch.ops.fastllm_triton.decode_attention_forward(*arguments)
+    forward = _operator("decode_attention_forward")
 
 
 class linear_logprob:
     IN_PLACE = True
-
-    @staticmethod
-    def forward(*arguments: Any, **options: Any) -> Any:
-        return torch.ops.fastllm_triton.linear_logprob_forward(*arguments, **options)
-
-    @staticmethod
-    def backward_(*arguments: Any, **options: Any) -> None:
-        torch.ops.fastllm_triton.linear_logprob_backward_(*arguments, **options)
-
-    @staticmethod
-    def forward_backward_(*arguments: Any, **options: Any) -> Any:
-        return torch.ops.fastllm_triton.linear_logprob_forward_backward_(*arguments, **options)
-
-    @staticmethod
-    def scale_(x: Tensor, factor: Tensor) -> None:
-        torch.ops.fastllm_triton.linear_logprob_scale_(x, factor)
+    forward, backward_ = _operator("linear_logprob_forward"), _operator("linear_logprob_backward_")
+    forward_backward_ = _operator("linear_logprob_forward_backward_")
+    scale_ = _operator("linear_logprob_scale_")
 
 
 class pairwise_loss:
-    @staticmethod
-    def forward(*arguments: Any) -> Any:
-        return torch.ops.fastllm_triton.pairwise_loss_forward(*arguments)
+    forward = _operator("pairwise_loss_forward")
 
 
 class reward_loss:
-    @staticmethod
-    def forward(*arguments: Any) -> Any:
-        return torch.ops.fastllm_triton.reward_loss_forward(*arguments)
-
-    @staticmethod
-    def backward(*arguments: Any) -> Any:
-        return torch.ops.fastllm_triton.reward_loss_backward(*arguments)
+    forward, backward = _operator("reward_loss_forward"), _operator("reward_loss_backward")
 
 
 # -- what each operator returns --------------------------------------------------------------------

@@ -45,6 +45,14 @@ def keep_memory(device: torch.device) -> None:
         _log.info("freed memory is kept for the next step (FASTLLM_KEEP_MEMORY=0: give it back)")
 
 
+def exact_sums(device: torch.device) -> None:
+    """On a GPU, let matrix products of bf16 and fp16 form their sums in fp32 alone: PyTorch allows
+    parts of a sum to be added up in the narrow type."""
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+
 def pick_dtype(config: TrainingConfig, device: torch.device) -> torch.dtype:
     """The dtype of a step's arithmetic; see `TrainingConfig.dtype`."""
     name = "fp16" if config.fp16 else "bf16" if config.bf16 else config.dtype

@@ -18,7 +18,7 @@ from . import checkpoint, distributed, snapshot, termination
 from .averages import Averages, Metric
 from .callbacks import Callbacks, TrainerControl, TrainerState
 from .config import TrainingConfig
-from .devices import keep_memory
+from .devices import exact_sums, keep_memory
 from .garbage import collector_spared
 from .logging import MetricsLog, Progress
 from .optimizer import Optimizer
@@ -104,7 +104,9 @@ def fit(
         NumericError: a loss or gradient is not finite. Nothing is saved then.
         Terminated: the process got SIGTERM; a checkpoint is saved where the config saves any.
     """
-    keep_memory(next(model.parameters()).device)
+    device = next(model.parameters()).device
+    keep_memory(device)
+    exact_sums(device)
     optimizer = Optimizer(model, config, scale_loss)
     compute = OpByOp(model, loss_fn, optimizer) if passes is None else passes(optimizer)
     loop = _Loop(model, source, compute, optimizer, config, hooks, peak_learning_rate)

@@ -8,6 +8,7 @@ read a few bytes at a time, and matrix products that miss the tensor cores.
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
 from collections.abc import Iterable
@@ -34,6 +35,7 @@ from tests.kernels.machine_code import (  # noqa: E402
     wide,
 )
 
+KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 FOLDER = Path(__file__).parent / "cases"
 CASES: dict[str, list[Case]] = {
     path.stem: importlib.import_module(f"tests.kernels.cases.{path.stem}").CASES
@@ -105,6 +107,25 @@ def test_lengths_do_not_recompile(case, target):
         with launch.compiling() as kernels:
             launch_again()
         assert {kernel.hash for kernel in kernels} <= found
+
+
+@pytest.mark.parametrize("target", ["sm_90"], indirect=True)
+def test_every_kernel_has_a_case(target):
+    """After the tests above, everything is compiled already."""
+    launched = {
+        kernel.metadata.name
+        for cases in CASES.values()
+        for case in cases
+        if target in case.targets
+        for kernel in compiled(case)
+    }
+    written = {
+        node.name
+        for path in KERNELS.glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
+    }
+    assert written - launched == set()
 
 
 @pytest.mark.parametrize("op", sorted(CASES))

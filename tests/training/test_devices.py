@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastllm.ops import cpp
-from fastllm.training.devices import keep_memory
+from fastllm.training.devices import exact_sums, keep_memory
 
 CPU = torch.device("cpu")
 
@@ -57,3 +57,14 @@ def test_keeping_memory_is_logged_and_can_be_refused(monkeypatch, caplog, value,
     assert len(calls) == len(caplog.records) == asked
     keep_memory(torch.device("cuda"))
     assert len(calls) == asked
+
+
+@pytest.mark.parametrize(("kind", "allowed"), [("cpu", True), ("cuda", False)])
+def test_sums_of_products_are_exact_on_a_gpu(monkeypatch, kind, allowed):
+    settings = type("Settings", (), {})()
+    names = [f"allow_{t}_reduced_precision_reduction" for t in ("bf16", "fp16")]
+    for name in names:
+        setattr(settings, name, True)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", settings)
+    exact_sums(torch.device(kind))
+    assert [getattr(settings, name) for name in names] == [allowed, allowed]
