@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -28,6 +30,13 @@ class Case:
     """Kernels (parts of their names) whose loads or stores cannot be 16 bytes wide, and why."""
     spills: Mapping[tuple[str, str], tuple[int, str]] = field(default_factory=dict)
     """(target, kernel) -> bytes that a thread may spill, and why."""
+
+
+def all_cases() -> dict[str, list[Case]]:
+    """The cases of each op, by its name."""
+    files = sorted((Path(__file__).parent / "cases").glob("[a-z]*.py"))
+    names = [path.stem for path in files]
+    return {name: importlib.import_module(f"tests.kernels.cases.{name}").CASES for name in names}
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
