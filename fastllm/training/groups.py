@@ -162,7 +162,7 @@ class GroupSource:
 
     def _rollout_options(self) -> dict[str, Any]:
         """Keywords of `generate`; on a GPU the engine stays, for its graphs and its memory."""
-        if next(self._model.parameters()).device.type != "cuda":
+        if not keeps_engine(self._model):
             return self._options
         own = {name: v for name, v in self._options.items() if name in ENGINE_OPTIONS}
         if self._engine is None:
@@ -181,6 +181,11 @@ class GroupSource:
             group = Group(prompt, completions[own], scores.each[own], total[own], scores.extra[own])
             groups.append(group)
         return groups
+
+
+def keeps_engine(model: Transformer) -> bool:
+    """Whether rollouts share one engine: on a GPU, where it has graphs to lose."""
+    return next(model.parameters()).device.type == "cuda"
 
 
 def sampling_options(config: GRPOConfig, tokenizer: Tokenizer) -> dict[str, Any]:

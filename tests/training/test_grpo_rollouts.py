@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 
+from fastllm.generation import Engine
 from fastllm.training.grpo_passes import PassPlan, Sample
 
 
@@ -299,3 +300,27 @@ def test_an_error_in_a_batch_names_the_function(make, many_prompts):
         with pytest.raises(RuntimeError, match=message):
             trainer.train()
     assert not [t for t in threading.enumerate() if t.name.startswith("fastllm-rewards")]
+
+
+@pytest.mark.parametrize("step", ["auto", "ops"])
+def test_an_engine_that_stays_samples_with_the_new_weights(make, monkeypatch, fingerprint, step):
+    """As rollouts on a GPU do."""
+    kwargs = {"prefill_tokens": 64, "max_batch_size": 3}
+    fresh = make("grpo", reward_funcs=varied, run="fresh", generation_kwargs=kwargs)
+    fresh.train()
+    engines = []
+
+    class Counted(Engine):
+        def __init__(self, *given, **options):
+            engines.append(options)
+            super().__init__(*given, **options | {"step": step})
+
+    monkeypatch.setattr("fastllm.training.groups.keeps_engine", lambda model: True)
+    monkeypatch.setattr("fastllm.generation.Engine", Counted)
+    kept = make("grpo", reward_funcs=varied, run="kept", generation_kwargs=kwargs)
+    kept.train()
+    assert engines == [kwargs]
+    if step == "auto":
+        assert fingerprint(kept.model) == fingerprint(fresh.model)
+    for one, other in zip(kept.model.parameters(), fresh.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
