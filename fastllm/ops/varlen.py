@@ -112,7 +112,7 @@ def _activate(implementation: str) -> None:
     attention = importlib.import_module("torch.nn.attention")
     try:
         attention.activate_flash_attention_impl(implementation)
-    except Exception as error:
+    except (ImportError, AttributeError, RuntimeError, ValueError) as error:
         raise RuntimeError(
             f"attention: {VARIABLE}={_choice()} was requested, but {implementation} "
             f"cannot be activated: {error}"
