@@ -22,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 INTERPRETING = tl.constexpr(triton.knobs.runtime.interpret)
 
 _INT32_MAX = 2**31 - 1
+_ROCM = torch.version.hip is not None
 
 
 def target() -> GPUTarget:
@@ -58,7 +59,8 @@ class Launcher:
     and more on the host, as much as a small kernel takes. This keeps what Triton compiled under a
     key of its own, which says of each argument no more than Triton's choice of a kernel depends on:
 
-    - tensors: the dtype, and whether the address is a multiple of 16 bytes;
+    - tensors: the dtype, whether the address is a multiple of 16 bytes, and on AMD whether 32 bits
+      reach all of their memory;
     - integers: whether they are 1, multiples of 16, and need 64 bits;
     - None and floats: that they are.
     """
@@ -119,7 +121,7 @@ def _kinds(args: tuple[Any, ...]) -> list[Any]:
     kinds: list[Any] = []
     for arg in args:
         kind = type(arg)
-        if kind is Tensor or kind is Parameter:
+        if (kind is Tensor or kind is Parameter) and not _ROCM:
             kinds.append((arg.dtype,) if arg.data_ptr() & 15 else arg.dtype)
         elif kind is int:
             shape = (1 if arg == 1 else 0) if arg & 15 else 16
@@ -127,7 +129,8 @@ def _kinds(args: tuple[Any, ...]) -> list[Any]:
         elif kind is float or arg is None:
             kinds.append(kind)
         elif isinstance(arg, Tensor):
-            kinds.append((arg.dtype,) if arg.data_ptr() & 15 else arg.dtype)
+            small = not _ROCM or arg.untyped_storage().size() <= _INT32_MAX
+            kinds.append((arg.dtype, bool(arg.data_ptr() & 15), small))
         else:  # a tensor descriptor
             kinds.append((kind, arg.base.dtype, *arg.block_shape))
     return kinds
@@ -144,14 +147,3 @@ def on_tensor_device(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(first, *args, **keywords)
 
     return wrapper
-
-
-def num_warps(elements: int, per_thread: int = 16) -> int:
-    """Warps for a tile of `elements`, a power of two, with about `per_thread` in each thread."""
-    lanes = target().warp_size
-    return max(1, min(elements // (per_thread * lanes), 1024 // lanes))
-
-
-def schedule(warps: int, stages: int = 2) -> dict[str, Any]:
-    """Compiler options of a launch: warps of a program, stages of its pipelined loops."""
-    return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}

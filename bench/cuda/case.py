@@ -13,9 +13,6 @@ import torch
 from ..records import OURS, Record
 from .device import Device
 
-SCALES = ("full", "quick", "tiny")
-"""How large the cases are: as the goals ask, for a first look, and for tests of this suite."""
-
 
 @dataclass
 class Context:
@@ -23,6 +20,7 @@ class Context:
 
     device: Device
     scale: str = "full"
+    """Sizes: "full" as the goals ask, "quick" for a first look, "tiny" for tests."""
     rounds: int = 5
     seed: int = 0
     deadline: float = float("inf")

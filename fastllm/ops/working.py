@@ -93,7 +93,7 @@ def working(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def keep_copies(parameters: Iterable[Tensor], dtype: torch.dtype) -> None:
     """Keep a copy in `dtype` beside each of these weights that is wider; a weight that has one in
-    another dtype loses that.
+    another dtype loses that, so that copies in the dtype of the weights give their memory back.
 
     Raises:
         ValueError: a weight made under `torch.inference_mode`, whose writes PyTorch does not count.
@@ -120,12 +120,6 @@ def narrow_frozen(parameters: Iterable[Tensor], dtype: torch.dtype) -> None:
             narrow.to(weight.dtype), weight
         ):
             weight.data = narrow
-
-
-def drop_copies(parameters: Iterable[Tensor]) -> None:
-    """Give the memory of the copies back."""
-    for weight in parameters:
-        _attach(weight, None)
 
 
 def refresh_copies(parameters: Iterable[Tensor], changed: bool = False) -> None:

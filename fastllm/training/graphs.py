@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..model.lora import adapters
 from ..ops import backend
+from ..ops.working import refresh_copies
 from .averages import Metric
 from .optimizer import Optimizer
 from .passes import LossFn, Pass
@@ -75,7 +76,9 @@ class GraphedPasses:
         self._pool = torch.cuda.graph_pool_handle() if capture else None
 
     def begin(self) -> None:
-        """Before the passes of a step: gradients of zero, where the graphs know them."""
+        """Before the passes of a step: gradients of zero, where the graphs know them, and copies of
+        weights that a callback may have written since the last one."""
+        refresh_copies(self._model.parameters())
         torch._foreach_zero_(self._gradients)
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
             parameter.grad = gradient

@@ -89,6 +89,15 @@ def test_other_numbers_find_the_same_kernel(compiled, count):
     assert compiled.times == 1
 
 
+@pytest.mark.parametrize(("rocm", "times"), [(True, 2), (False, 1)])
+def test_amd_compiles_for_memory_beyond_32_bits(compiled, monkeypatch, rocm, times):
+    monkeypatch.setattr(module, "_ROCM", rocm)
+    launch, large = module.Launcher(), meta(2**29 + 16)
+    for x in (large[:64].clone(), large, large[:64]):
+        launch(add_kernel, (1,), x, x, 99, 0.5, BLOCK=32)
+    assert compiled.times == times
+
+
 def test_compiling_runs_nothing(monkeypatch):
     monkeypatch.setattr(triton.runtime.driver, "_active", AbsentGPU("sm_90"))
     with module.launch.compiling() as kernels:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastllm.data.packing import pack_groups
+from fastllm.ops.working import copy_of, keep_copies
 from fastllm.training import buckets, trainer
 from fastllm.training.graphs import GraphedPasses
 from fastllm.training.loop import Pass
@@ -145,6 +146,18 @@ def test_sizes_are_captured_when_they_come_again(passes, monkeypatch, caplog):
             graphed(one, 1.0)
     assert made == [first.batch.bytes, other.batch.bytes, first.batch.bytes]
     assert caplog.text.count("used longest ago goes") == 2
+
+
+def test_weights_that_a_callback_wrote_are_copied_where_a_graph_reads_them(make):
+    built = make("sft")
+    weight = next(p for p in built.model.parameters() if p.dim() == 2)
+    keep_copies([weight], torch.bfloat16)
+    kept = copy_of(weight)
+    with torch.no_grad():
+        weight.add_(1)
+    optimizer = Optimizer(built.model, built.args, scale_loss=False)
+    GraphedPasses(built.model, built.loss, optimizer, capture=False).begin()
+    assert torch.equal(kept, weight.detach().to(torch.bfloat16))
 
 
 def test_what_has_no_graphs_is_refused_by_name(make):
